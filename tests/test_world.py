@@ -56,6 +56,12 @@ def test_enmap_windows_agree(worlds):
     assert (large[:126] > -32768).all()
 
 
+def test_long_winter_shadows_reach_coarse_pixels_the_same_way():
+    world = World(3, crs="EPSG:32633", place="city")
+    large, small = (world.view("enmap", window(world, 30., *box), date="2023-12-20")["image"] for box in ((0, 0, 10, 10), (1, 1, 4, 4)))
+    assert np.array_equal(small, large[:, 5:9, 1:5])
+
+
 def test_large_views_are_made_of_pieces(worlds, monkeypatch):
     import geovision.world.planet as planet
     world, box = worlds["town"], window(worlds["town"], .5, 0, 0, 150, 130)

@@ -22,7 +22,7 @@ from ..core.errors import BadValue, DataError, unknown_name
 from ..core.files import whole
 from ..core.registry import lookup, register
 
-# %% ../../nbs/analysis/00_attribution.ipynb #a3dcef95
+# %% ../../nbs/analysis/00_attribution.ipynb #435923a2
 def resolve(
     target,           # None, a class, (class, (x, y)), (class, mask), or a function of the output
     outputs:Tensor,   # What the model says to the image: (1, K) or (1, K, H, W)
@@ -38,7 +38,8 @@ def resolve(
     if isinstance(target, (tuple, list)): target, where = target
     labels = outputs[0].argmax(0)
     if target is None: target = int(labels if outputs.ndim == 2 else labels.flatten().mode().values)
-    if not 0 <= int(target) < outputs.shape[1]: raise BadValue(f"there is no class {target}", why=f"the model tells {outputs.shape[1]} apart, counted from 0")
+    if not 0 <= int(target) < outputs.shape[1]: raise BadValue(f"there is no class {target}",
+                            why=f"the model tells {outputs.shape[1]} apart, counted from 0")
     if outputs.ndim == 2: return lambda y: y[:, target]
     region = labels == target if where is None else _region(where, outputs.shape[-2:]).to(outputs.device)
     return lambda y: (y[:, target]*region).sum((1, 2))
@@ -48,7 +49,8 @@ def _region(where, size:tuple[int, int])->Tensor:
     "A pixel or a mask as a mask (H, W)."
     if isinstance(where, (tuple, list)) and len(where) == 2 and all(isinstance(v, (int, np.integer)) for v in where):
         x, y = where
-        if not (0 <= x < size[1] and 0 <= y < size[0]): raise BadValue(f"the pixel ({x}, {y}) lies outside", why=f"the map has {size[1]} columns and {size[0]} rows")
+        if not (0 <= x < size[1] and 0 <= y < size[0]): raise BadValue(f"the pixel ({x}, {y}) lies outside",
+                                why=f"the map has {size[1]} columns and {size[0]} rows")
         region = torch.zeros(size, dtype=torch.bool)
         region[y, x] = True
         return region
@@ -101,7 +103,7 @@ def missing_value(
     if own is not None: return own.to(x)
     return x[0][:, valid].mean(1)[:, None, None] if valid.any() else torch.zeros_like(x[0, :, :1, :1])
 
-# %% ../../nbs/analysis/00_attribution.ipynb #713a05d8
+# %% ../../nbs/analysis/00_attribution.ipynb #8ad47814
 @dataclass
 class Attribution:
     """The answer: a map and how it was made.
@@ -132,7 +134,8 @@ class Attribution:
         import h5py
         with whole(path) as aside, h5py.File(aside, "w") as f:
             f["map"] = self.map.cpu().numpy()
-            f.attrs.update({"method": self.method, "gap": np.nan if self.gap is None else self.gap, "settings": repr(self.settings), "crs": str(self.place.get("crs", ""))})
+            f.attrs.update({"method": self.method, "gap": np.nan if self.gap is None else self.gap})
+            f.attrs.update({"settings": repr(self.settings), "crs": str(self.place.get("crs", ""))})
         return path
 
     def plot(self, image:Tensor|None=None, ax=None):
@@ -159,12 +162,13 @@ def _grey(image:Tensor)->np.ndarray:
 def _save_tif(a:Attribution, path:Path)->Path:
     "With CRS and transform, so that evidence lies on the map."
     from geovision.geo.write import write_raster
-    if "crs" not in a.place: raise BadValue(f"cannot save {path.name}", why="the sample had no CRS", fix="save it as .h5, or explain a sample with crs and transform")
+    if "crs" not in a.place: raise BadValue(f"cannot save {path.name}", why="the sample had no CRS",
+                            fix="save it as .h5, or explain a sample with crs and transform")
     array = a.map.detach().float().cpu().numpy()
     write_raster(path, array if array.ndim == 3 else array[None], crs=a.place["crs"], transform=a.place["transform"])
     return path
 
-# %% ../../nbs/analysis/00_attribution.ipynb #ef415c61
+# %% ../../nbs/analysis/00_attribution.ipynb #c9619bcb
 def attribute(
     model,                    # A run, or a module that takes what the sample holds
     sample,                   # A sample with `image`, or a tensor (C, H, W)
@@ -206,7 +210,8 @@ def _unpack(sample)->tuple[Tensor, Tensor|None, dict]:
     x = x[None] if x.ndim == 3 else x
     if x.ndim != 4 or len(x) != 1: raise DataError(f"one image is explained at a time, got shape {tuple(x.shape)}", fix="pass (C, H, W)")
     valid = sample.get("valid")
-    return x, None if valid is None else torch.as_tensor(valid).bool(), {k: sample[k] for k in ("crs", "transform", "bands", "id") if k in sample}
+    valid = None if valid is None else torch.as_tensor(valid).bool()
+    return x, valid, {k: sample[k] for k in ("crs", "transform", "bands", "id") if k in sample}
 
 # %% ../../nbs/analysis/00_attribution.ipynb #ac482e56
 @register("attribution")
@@ -233,7 +238,7 @@ def gauss_legendre(
     nodes, weights = np.polynomial.legendre.leggauss(n)
     return (1 + nodes)/2, weights/2
 
-# %% ../../nbs/analysis/00_attribution.ipynb #9cc957f6
+# %% ../../nbs/analysis/00_attribution.ipynb #b350cbbf
 def make_baseline(
     case:Case,             # The question
     baseline,              # A number, "mean", "blur", or a tensor that fits the image
@@ -248,7 +253,8 @@ def make_baseline(
     else:
         start = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
         try: start = start.expand_as(x)
-        except RuntimeError: raise BadValue(f"a baseline of shape {tuple(start.shape)} does not fit an image of {tuple(x.shape[1:])}") from None
+        except RuntimeError:
+            raise BadValue(f"a baseline of shape {tuple(start.shape)} does not fit an image of {tuple(x.shape[1:])}") from None
     return torch.where(everywhere, start, x)
 
 
@@ -289,7 +295,7 @@ def ig(
     with torch.no_grad(): change = float(case.value(case.x) - case.value(start))
     return found, float(found.double().sum()) - change, {"baseline": baseline, "steps": steps, "change": change}
 
-# %% ../../nbs/analysis/00_attribution.ipynb #3507ee72
+# %% ../../nbs/analysis/00_attribution.ipynb #72f0c3dc
 def find_layer(
     model:nn.Module,     # Where to look
     x:Tensor,            # An image, to see sizes
@@ -305,20 +311,23 @@ def find_layer(
     if name is not None:
         if name not in layers or not name: raise unknown_name("layer", name, [n for n in layers if n])
         return name, layers[name]
-    seen, hooks = [], []
-    for key, layer in layers.items():
-        if key: hooks.append(layer.register_forward_hook(lambda m, i, y, key=key: seen.append((key, y.shape)) if isinstance(y, Tensor) else None))
+    seen = []
+
+    def note(key):
+        return lambda module, inputs, y: seen.append((key, y.shape)) if isinstance(y, Tensor) else None
+    hooks = [layer.register_forward_hook(note(key)) for key, layer in layers.items() if key]
     try:
         with torch.no_grad(): model(x)
     finally:
         for hook in hooks: hook.remove()
     maps = [(key, s) for key, s in seen if len(s) == 4 and s[-1]*s[-2] > 1]
-    if not maps: raise BadValue("the model has no layer with maps", why="Grad-CAM weighs the feature maps of a layer", fix="name one with layer=..., or use ig")
+    if not maps: raise BadValue("the model has no layer with maps", why="Grad-CAM weighs the feature maps of a layer",
+                            fix="name one with layer=..., or use ig")
     least = min(s[-1]*s[-2] for _, s in maps)
     key = [key for key, s in maps if s[-1]*s[-2] == least][-1]
     return key, layers[key]
 
-# %% ../../nbs/analysis/00_attribution.ipynb #ad6fed76
+# %% ../../nbs/analysis/00_attribution.ipynb #0177f21c
 @register("attribution")
 def gradcam(
     case:Case,              # The question
@@ -334,7 +343,8 @@ def gradcam(
     kept = []
 
     def keep(_, __, y):
-        if not isinstance(y, Tensor) or y.ndim != 4: raise BadValue(f"the layer {name} gives no maps (B, K, h, w)", fix="name another layer")
+        if not isinstance(y, Tensor) or y.ndim != 4: raise BadValue(f"the layer {name} gives no maps (B, K, h, w)",
+                                fix="name another layer")
         kept.append(y)
         return y.clone()                                              # what follows may work in place
     hook = module.register_forward_hook(keep)

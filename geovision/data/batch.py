@@ -49,13 +49,22 @@ def _padded(samples):
     return [{**{k: pad(s, v) for k, v in s.items()}, "frames": torch.arange(t) < len(s["time"])} for s in samples]
 
 
+def _stacked(tensors):
+    "One tensor; plain ones by NumPy, whose copy does not wait for threads that others keep busy."
+    import numpy as np
+    import torch
+    plain = all(type(t) is torch.Tensor and t.device.type == "cpu" and not t.requires_grad and t.ndim for t in tensors)
+    return torch.from_numpy(np.stack([t.numpy() for t in tensors])) if plain else torch.stack(tensors)
+
+
 def _join(key, values):
     "Stack tensors of one shape, nest dicts, list the rest."
     import torch
     if all(isinstance(v, dict) for v in values): return collate(values)
     if not all(isinstance(v, torch.Tensor) for v in values): return values
     shapes = {tuple(v.shape) for v in values}
-    if len(shapes) == 1: return torch.stack(values)
+    if len(shapes) == 1: return _stacked(values)
     if key in ("image", "mask", "sar", "valid"):
-        raise DataError(f"the samples of a batch have {key}s of different sizes, {' and '.join(map(str, sorted(shapes)[:3]))}", fix="tile or crop them to one size, or use batches of one")
+        raise DataError(f"the samples of a batch have {key}s of different sizes, {' and '.join(map(str, sorted(shapes)[:3]))}",
+                fix="tile or crop them to one size, or use batches of one")
     return values

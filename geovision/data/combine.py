@@ -17,7 +17,7 @@ import shapely
 
 from ..core.errors import BadValue, DataError, NotFound
 from .dataset import Dataset
-from .stats import Stats, merge
+from .stats import merge
 from ..geo.crs import areas
 
 # %% ../../nbs/data/80_combine.ipynb #31463e11
@@ -28,9 +28,11 @@ class Joined:
         self.parts = [p for part in parts for p in (part.parts if isinstance(part, Joined) else [part])]
         first = self.parts[0]
         for p in self.parts[1:]:
-            if (p.task and p.task.kind) != (first.task and first.task.kind): raise DataError(f"{first.card.name} and {p.card.name} have different tasks", fix="open both with the same kind of task")
+            if (p.task and p.task.kind) != (first.task and first.task.kind): raise DataError(f"{first.card.name} and {p.card.name} have different tasks",
+                    fix="open both with the same kind of task")
             if [b.name for b in p.bands] != [b.name for b in first.bands]:
-                raise DataError(f"{first.card.name} and {p.card.name} have different bands", why=f"{[b.name for b in first.bands]} and {[b.name for b in p.bands]}", fix="choose common ones: ds.select(bands=[...])")
+                raise DataError(f"{first.card.name} and {p.card.name} have different bands",
+                        why=f"{[b.name for b in first.bands]} and {[b.name for b in p.bands]}", fix="choose common ones: ds.select(bands=[...])")
         self.classes = tuple(dict.fromkeys(c for p in self.parts for c in p.classes))
         self._starts = np.cumsum([0, *map(len, self.parts)])
 
@@ -167,7 +169,8 @@ def align(
     at = [np.arange(len(first)), *(_partner(first, o, least) for o in others)]
     pairs = np.stack(at, 1)
     pairs = pairs[(pairs >= 0).all(1)]
-    if not len(pairs): raise NotFound(f"{' and '.join(p.card.name for p in parts.values())} share no ground", why="neither ids nor footprints match", fix="check their CRS, or cut both with the same ds.grid(...)")
+    if not len(pairs): raise NotFound(f"{' and '.join(p.card.name for p in parts.values())} share no ground",
+            why="neither ids nor footprints match", fix="check their CRS, or cut both with the same ds.grid(...)")
     return Aligned(parts, pairs)
 
 

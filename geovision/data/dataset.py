@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 from affine import Affine
 
-from ..core.errors import BadValue, DataError, NotFound
+from ..core.errors import BadValue, DataError
 from ..core.files import inside
 from ..core.registry import find_view
 from .bands import Band, find_bands
-from .card import Asset, Card, Task, asset_of, main_asset, task_of
+from .card import Card, Task, asset_of, main_asset, task_of
 from .index import Table, open_index
 from .read import Ground, burn, read_ground, read_image, read_vector, scaled_box, to_ids
 from ..geo.crs import as_crs

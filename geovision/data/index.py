@@ -8,7 +8,7 @@ __all__ = ['STATS', 'VERSION', 'scan', 'look', 'footprints', 'Table', 'is_plain'
 # %% ../../nbs/data/40_index.ipynb #0b9915ad
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
-from affine import Affine
 
 from ..core.errors import BadFile, DataError, NotFound
 from ..core.files import inside, side_folder, whole
 from ..core.parallel import pmap
 from .card import Card, main_asset
-from .layout import natural, unique_ids
+from .layout import unique_ids
 from ..geo.crs import as_crs, crs_text, transformer
 from ..geo.raster import info
 
@@ -228,7 +227,8 @@ def save(
     path:Path|str,    # A .parquet file
 )->Table:             # The same, now also on disk
     "Write an index as GeoParquet, whole or not at all."
-    columns = {**{k: pa.array(table.frame[k], from_pandas=True) for k in table.frame}, **{k: table.column(k) for k in {**dict.fromkeys(table.names), **table.arrow} if not is_plain(k)}}
+    columns = {**{k: pa.array(table.frame[k], from_pandas=True) for k in table.frame}, **{k: table.column(k) for k in {**dict.fromkeys(table.names),
+            **table.arrow} if not is_plain(k)}}
     arrow = pa.table(columns)
     geo = {"version": "1.0.0", "primary_column": "geometry",
            "columns": {"geometry": {"encoding": "WKB", "geometry_types": [], "crs": as_crs(4326).to_json_dict()}}}

@@ -16,7 +16,6 @@ from ..core.errors import BadValue, NotFound
 from ..core.files import inside
 from ..core.parallel import pmap
 from .dataset import Dataset, extends
-from .where import column_of
 from ..geo.crs import areas
 from ..geo.raster import read
 

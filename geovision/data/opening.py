@@ -9,7 +9,6 @@ __all__ = ['load_cards', 'card', 'catalog', 'open', 'from_files']
 import importlib
 import os
 import pkgutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +104,8 @@ def from_files(
     """
     templates = {"image": str(images), **({"mask": str(mask)} if mask else {}), **({"polygons": str(polygons)} if polygons else {})}
     root, templates = _common_root(templates)
-    assets = {"image": _image_asset(root, templates["image"], bands, nodata), **({"mask": Asset()} if mask else {}), **({"polygons": Asset(reader="vector")} if polygons else {})}
+    assets = {"image": _image_asset(root, templates["image"], bands, nodata), **({"mask": Asset()} if mask else {}),
+            **({"polygons": Asset(reader="vector")} if polygons else {})}
     made = Card(name or f"files-{root.name}", title=f"files in {root.name}", assets=assets, layout=Layout(**templates), sure="described by their owner")
     task = _own_task(made, root, mask, polygons, label, classes, values, ignore)
     if task is not None: made = replace(made, tasks={"own": task})
@@ -130,11 +130,13 @@ def _layout_name(templates):
 def _image_asset(root, template, bands, nodata):
     "What the first readable image says of all."
     hits = find(root, Template(template))
-    if not hits: raise NotFound(f"no file follows {template} in {root}", why="every {field} stands for text within one folder or file name", fix="check the template against one of your file names")
+    if not hits: raise NotFound(f"no file follows {template} in {root}",
+            why="every {field} stands for text within one folder or file name", fix="check the template against one of your file names")
     about = _first_readable(root, [h[0] for h in hits])
     known = {b.name: b for b in (*AERIAL.all, *WORLDVIEW3.all)}
     found = list(bands) if bands is not None else list(about.names) if not about.names[0].startswith("band") or about.shape[0] != 3 else ["red", "green", "blue"]
-    if len(found) != about.shape[0]: raise BadValue(f"{len(found)} band names for {about.shape[0]} bands", why=f"{about.path.name} holds {about.shape[0]}", fix="name every band, in stored order")
+    if len(found) != about.shape[0]: raise BadValue(f"{len(found)} band names for {about.shape[0]} bands",
+            why=f"{about.path.name} holds {about.shape[0]}", fix="name every band, in stored order")
     return Asset(bands=tuple(b if isinstance(b, Band) else known.get(b, Band(b)) for b in found), dtype=about.dtype, nodata=nodata)
 
 
@@ -162,7 +164,8 @@ def _mask_ids(made, root, ignore):
     if not paths: raise NotFound(f"no mask follows {made.layout.templates['mask'][0].text} in {root}", fix="check the template against one of your mask names")
     some = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, 64).astype(int))]
     found = set().union(*(np.unique(read(root/p, bands=[0])).tolist() for p in some)) - {ignore}
-    if found <= {0, 255} and 255 in found: raise DataError("the masks hold 0 and 255", why="class ids count from 0", fix="pass values={0: 0, 255: 1}, or ignore=255 if 255 means unknown")
+    if found <= {0, 255} and 255 in found: raise DataError("the masks hold 0 and 255",
+            why="class ids count from 0", fix="pass values={0: 0, 255: 1}, or ignore=255 if 255 means unknown")
     if max(found) > 255: raise DataError(f"a mask holds the value {max(found):g}", why="class ids are small whole numbers", fix="pass classes= and values=")
     return [int(v) for v in found] or [0]
 

@@ -7,7 +7,7 @@ __all__ = ['missing', 'Ground', 'read_ground', 'read_image', 'to_ids', 'read_vec
 
 # %% ../../nbs/data/55_read.ipynb #f19003e6
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 
 from ..core.errors import BadFile, DataError
-from .card import Asset, Task
+from .card import Task
 from ..geo.crs import as_crs
 from ..geo.raster import handle, info, read, read_valid, telling, valid_values
 from ..geo.rasterise import rasterise

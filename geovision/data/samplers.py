@@ -16,7 +16,6 @@ from ..core.parallel import progress
 from ..core.seeds import generator
 from .dataset import WINDOW, Dataset
 from .tiles import _sizes
-from .where import column_of
 from ..geo.tiles import TileGrid
 from ..geo.window import Box
 

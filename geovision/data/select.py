@@ -15,7 +15,7 @@ from ..core.errors import BadValue, NotFound, unknown_name
 from .bands import PLANETSCOPE, SENTINEL2, WORLDVIEW3, Band, BandTable, find_bands
 from .card import asset_of
 from .dataset import Dataset, extends
-from .where import choose, column_of
+from .where import choose
 
 # %% ../../nbs/data/61_select.ipynb #6a993d31
 @extends(Dataset)

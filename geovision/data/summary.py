@@ -18,8 +18,7 @@ from ..core.parallel import pmap, progress
 from .card import asset_of
 from .dataset import WINDOW, Dataset, extends
 from .index import STATS, save
-from .read import read_image
-from .stats import Stats, coarser, file_stats, from_values, merge
+from .stats import Stats, file_stats, from_values, merge
 from ..geo.window import Box
 
 # %% ../../nbs/data/65_summary.ipynb #7ffac458

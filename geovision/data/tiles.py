@@ -13,7 +13,7 @@ from affine import Affine
 
 from ..core.errors import BadValue, DataError, NotFound
 from .dataset import GROUND, WINDOW, Dataset, extends
-from ..geo.crs import as_crs, crs_text, metric_crs, transform_bounds, transformer
+from ..geo.crs import as_crs, crs_text, metric_crs, transformer
 from ..geo.tiles import GroundGrid, TileGrid
 from ..geo.window import Box
 
@@ -85,7 +85,8 @@ def _places(ds):
     at = ds.rows["_row"].to_numpy()
     sizes = _sizes(ds)
     crss = ds.table.column(f"{ds.main}.crs").take(at).to_pylist()
-    if not all(crss): raise NotFound(f"{ds.rows['id'].iat[[bool(c) for c in crss].index(False)]!r} has no CRS", why="nobody knows which ground it shows", fix="cut it by pixels: ds.tiles(...)")
+    if not all(crss): raise NotFound(f"{ds.rows['id'].iat[[bool(c) for c in crss].index(False)]!r} has no CRS",
+            why="nobody knows which ground it shows", fix="cut it by pixels: ds.tiles(...)")
     return crss, [Affine(*t) for t in ds.table.column(f"{ds.main}.transform").take(at).to_pylist()], sizes
 
 
@@ -100,7 +101,8 @@ def _squares(i, cells, target, crs, transform, size, gsd, least):
     outline = shapely.transform(shapely.box(0, 0, size[1], size[0]).segmentize(max(size)/8), lambda p: np.column_stack(transform @ tuple(p.T)))
     same = as_crs(crs) == target
     if not same:
-        if gsd is None: raise BadValue("scenes of another CRS cannot be cut without resampling", why=f"the grid is {target.name}, the scene {as_crs(crs).name}", fix="give gsd=")
+        if gsd is None: raise BadValue("scenes of another CRS cannot be cut without resampling",
+                why=f"the grid is {target.name}, the scene {as_crs(crs).name}", fix="give gsd=")
         move = transformer(as_crs(crs), target)
         outline = shapely.transform(outline, lambda p: np.column_stack(move.transform(p[:, 0], p[:, 1])))
     for cell in cells.cells(outline.bounds):

@@ -6,7 +6,6 @@
 __all__ = ['moment', 'between', 'months', 'Series', 'series', 'dates']
 
 # %% ../../nbs/data/66_time.ipynb #106b284d
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np

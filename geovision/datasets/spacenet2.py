@@ -6,8 +6,6 @@
 __all__ = ['EIGHT', 'PRODUCTS', 'MD5', 'card', 'AOIS', 'STEP', 'templates', 'named_as_in_the_tables', 'black_is_missing', 'draw']
 
 # %% ../../nbs/datasets/spacenet2.ipynb #6adef888
-import numpy as np
-
 from ..core.registry import register
 from ..data.bands import WORLDVIEW3
 from ..data.card import Archive, Asset, Card, Task

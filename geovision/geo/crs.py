@@ -174,7 +174,7 @@ def gsd(
     pixel = [transform @ (w//2 + dx, h//2 + dy) for dx, dy in ((0, 0), (1, 0), (1, 1), (0, 1))]
     return math.sqrt(areas([shapely.polygons(pixel)], crs)[0])
 
-# %% ../../nbs/geo/10_crs.ipynb #bb79e7b4
+# %% ../../nbs/geo/10_crs.ipynb #19283d12
 def utm_crs(
     lon:float,   # Degrees east
     lat:float,   # Degrees north
@@ -185,8 +185,8 @@ def utm_crs(
     ------
     BadValue : not a place on Earth
     """
-    if not (math.isfinite(lon) and -90 <= lat <= 90): raise BadValue(f"longitude {lon}, latitude {lat} is not a place on Earth",
-                                                                     fix="give degrees, longitude first")
+    if not (math.isfinite(lon) and -90 <= lat <= 90):
+        raise BadValue(f"longitude {lon}, latitude {lat} is not a place on Earth", fix="give degrees, longitude first")
     if lat >= 84: return as_crs("EPSG:32661")
     if lat < -80: return as_crs("EPSG:32761")
     return as_crs((32601 if lat >= 0 else 32701) + int((lon + 180)//6) % 60)

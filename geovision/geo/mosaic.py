@@ -50,7 +50,7 @@ def shares(
     for s, p in zip(axis, parts): left[s.start:s.stop] -= p
     return [((p + left[s.start:s.stop]*(owner[s.start:s.stop] == i))/4096).astype(np.float32) for i, (s, p) in enumerate(zip(axis, parts))]
 
-# %% ../../nbs/geo/70_mosaic.ipynb #3524659c
+# %% ../../nbs/geo/70_mosaic.ipynb #33311b61
 class Blender:
     """Predictions of tiles in, finished rows out; one row of tiles in memory, none at all for `centre`.
 
@@ -81,8 +81,8 @@ class Blender:
         pred:np.ndarray|None,       # (C, h, w); None for nothing
     )->list[tuple[Box, np.ndarray]]:   # Finished pieces: where, and (C, h, w) float32
         "Take one prediction, hand out what is finished."
-        if tile.row != self.row: raise BadValue(f"a tile of row {tile.row} came while row {self.row} is unfinished",
-                                                fix="add tiles row by row")
+        if tile.row != self.row:
+            raise BadValue(f"a tile of row {tile.row} came while row {self.row} is unfinished", fix="add tiles row by row")
         if pred is not None and pred.shape != (self.classes, *tile.read.size):
             raise DataError(f"the prediction has shape {pred.shape} for a tile of {(self.classes, *tile.read.size)}",
                             why="a map as large as its tile is needed")

@@ -136,7 +136,7 @@ def forget()->None:
     "Close this thread's files, for instance before deleting a folder."
     _handles.pop(threading.get_ident(), None)
 
-# %% ../../nbs/geo/20_raster.ipynb #54c614bb
+# %% ../../nbs/geo/20_raster.ipynb #05ebe119
 @contextmanager
 def telling(
     path:Path|str,   # The file at hand
@@ -154,8 +154,8 @@ def _open(path):
     driver = driver_of(path)
     if driver == "NPY": return _open_npy(path)
     if driver == "VRT": check_vrt(path)
-    if driver == "PNG" and not _ends(path): raise BadFile(f"{path} was cut short",
-                                                                                 why="the end of the PNG is missing", fix="copy it again")
+    if driver == "PNG" and not _ends(path):
+        raise BadFile(f"{path} was cut short", why="the end of the PNG is missing", fix="copy it again")
     with telling(path), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         return rasterio.open(path, driver=driver)
@@ -174,9 +174,8 @@ def _open_npy(path):
         raise BadFile(f"{path} {'holds pickled objects' if pickled else 'is damaged'}",
                       why="only plain numbers are read, since a pickle can run code" if pickled else str(e),
                       fix="save it again as an array of numbers") from None
-    if array.ndim not in (2, 3) or array.dtype.kind not in "biuf": raise BadFile(f"{path} is no image",
-                                                                                 why=f"it holds {array.dtype} of shape {array.shape}",
-                                                                                 fix="save (H, W) or (C, H, W) numbers")
+    if array.ndim not in (2, 3) or array.dtype.kind not in "biuf":
+        raise BadFile(f"{path} is no image", why=f"it holds {array.dtype} of shape {array.shape}", fix="save (H, W) or (C, H, W) numbers")
     return array if array.ndim == 3 else array[None]
 
 # %% ../../nbs/geo/20_raster.ipynb #ff4d5a68
@@ -223,7 +222,7 @@ def info(
         shape, names = (f.count, f.height, f.width), _band_names(f)
         return RasterInfo(Path(path), shape, f.dtypes[0], crs, f.transform, f.nodata, names, f.block_shapes[0], f.driver)
 
-# %% ../../nbs/geo/20_raster.ipynb #d30dbb51
+# %% ../../nbs/geo/20_raster.ipynb #30244876
 def band_numbers(
     meta:RasterInfo,                       # Of the file
     bands:Sequence[int|str]|None=None,     # Numbers from 0, or names; None for all
@@ -241,12 +240,12 @@ def band_numbers(
     for band in bands:
         if isinstance(band, str) and band not in meta.names: raise unknown_name(f"band in {meta.path.name}", band, meta.names)
         number = meta.names.index(band) if isinstance(band, str) else int(band)
-        if not 0 <= number < meta.shape[0]: raise BadValue(f"{meta.path.name} has no band {number}",
-                                                           why=f"it has {meta.shape[0]}, counted from 0")
+        if not 0 <= number < meta.shape[0]:
+            raise BadValue(f"{meta.path.name} has no band {number}", why=f"it has {meta.shape[0]}, counted from 0")
         numbers.append(number)
     return numbers
 
-# %% ../../nbs/geo/20_raster.ipynb #b4b9b49b
+# %% ../../nbs/geo/20_raster.ipynb #e7a3bf83
 def read(
     path:Path|str,                       # An image file
     box:Box|None=None,                   # Which pixels; None for all
@@ -283,8 +282,9 @@ def read(
 def _pixels(path, box, numbers, size, resampling):
     f = handle(path)
     if isinstance(f, np.ndarray):
-        if size != box.size: raise BadValue(f"{path} is read at its own size only", why="numpy arrays are not resampled",
-                                            fix="convert it to GeoTIFF first")
+        if size != box.size:
+            raise BadValue(f"{path} is read at its own size only", why="numpy arrays are not resampled",
+                           fix="convert it to GeoTIFF first")
         return np.array(f[(numbers, *box.slices())])
     known = Resampling.__members__
     if resampling not in known: raise unknown_name("resampling", resampling, known)

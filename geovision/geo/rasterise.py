@@ -15,7 +15,7 @@ from affine import Affine
 
 from ..core.errors import BadValue
 
-# %% ../../nbs/geo/40_rasterise.ipynb #6802bb72
+# %% ../../nbs/geo/40_rasterise.ipynb #9d41f729
 def rasterise(
     geoms,                       # Geometries: a list, an array, a GeoSeries or a GeoDataFrame
     values=1,                    # One number for all, or one for each
@@ -35,8 +35,8 @@ def rasterise(
     if crs is not None and getattr(geoms, "crs", None) is not None: geoms = geoms.to_crs(crs)
     geoms = np.asarray(getattr(geoms, "geometry", geoms), dtype=object).ravel()
     values = np.broadcast_to(values, geoms.shape) if np.ndim(values) == 0 else np.asarray(values)
-    if len(values) != len(geoms): raise BadValue(f"{len(values)} values for {len(geoms)} geometries",
-                                                 fix="give one number, or one for each")
+    if len(values) != len(geoms):
+        raise BadValue(f"{len(values)} values for {len(geoms)} geometries", fix="give one number, or one for each")
     dtype = np.dtype(dtype)
     for number in [fill, *([values.min(), values.max()] if len(values) else [])]: _check_fits(number, dtype)
     keep = ~(shapely.is_missing(geoms) | shapely.is_empty(geoms))

@@ -19,7 +19,7 @@ from ..core.errors import BadValue
 from .crs import as_crs, is_metric, transform_bounds
 from .window import Box, bounds_box
 
-# %% ../../nbs/geo/60_tiles.ipynb #c75056cc
+# %% ../../nbs/geo/60_tiles.ipynb #3083d9f0
 def margin_of(
     tile:int,            # Side of a tile in pixels
     overlap:float|int,   # Between neighbours: a share (float) or pixels (int)
@@ -32,8 +32,9 @@ def margin_of(
     BadValue : nothing of the tile would be left
     """
     if tile < 1 or align < 1: raise BadValue(f"tile and align must be 1 or more, got {tile} and {align}")
-    if tile % align: raise BadValue(f"tile {tile} is no multiple of {align}", why="tiles must start where the network's grid starts",
-                                    fix=f"use {-(-tile//align)*align}")
+    if tile % align:
+        raise BadValue(f"tile {tile} is no multiple of {align}", why="tiles must start where the network's grid starts",
+                       fix=f"use {-(-tile//align)*align}")
     pixels = round(overlap*tile) if isinstance(overlap, float) else int(overlap)
     margin = -(-max(pixels, 0)//(2*align))*align
     if overlap < 0 or tile - 2*margin < 1:
@@ -141,7 +142,7 @@ def exact_margin(
     seen, stride = receptive_field(layers)
     return -(-(seen//2)//stride)*stride
 
-# %% ../../nbs/geo/60_tiles.ipynb #0116083f
+# %% ../../nbs/geo/60_tiles.ipynb #da1134bf
 class Cell(NamedTuple):
     "A square of ground."
     id:str                                       # "column_row", counted from the origin
@@ -158,8 +159,9 @@ class GroundGrid:
 
     def __post_init__(self):
         object.__setattr__(self, "crs", as_crs(self.crs))
-        if not is_metric(self.crs): raise BadValue(f"{self.crs.name} does not measure in metres on the ground",
-                                                   why="squares need metres", fix="use a UTM zone; geovision.geo.crs.metric_crs finds it")
+        if not is_metric(self.crs):
+            raise BadValue(f"{self.crs.name} does not measure in metres on the ground", why="squares need metres",
+                           fix="use a UTM zone; geovision.geo.crs.metric_crs finds it")
         if not self.size_m > 0 or not 0 <= self.overlap < 1:
             raise BadValue(f"size_m must be positive and overlap a share in [0, 1), got {self.size_m}, {self.overlap}")
 

@@ -46,7 +46,7 @@ def walls(
     turn = np.where(diag, 1, np.where(same, 0, -1)) if eight else np.where(same, np.where(diag, 1, 0), -1)
     return at, turn, diag
 
-# %% ../../nbs/geo/45_trace.ipynb #c0e671d3
+# %% ../../nbs/geo/45_trace.ipynb #da5f67d8
 class Runs(NamedTuple):
     "Straight pieces of outline; one array each, all of the same length."
     key:np.ndarray     # Number of the first wall: 4*pixel + side
@@ -83,27 +83,38 @@ def link(
     runs:Runs,         # Of a band
 )->np.ndarray:         # Which run follows each; -1 where it lies in another band
     "Find the run that follows every run."
-    order = np.argsort(runs.key)
-    at = np.minimum(np.searchsorted(runs.key, runs.next, sorter=order), len(order) - 1)
-    return np.where(runs.key[order[at]] == runs.next, order[at], -1)
+    order, asked = np.argsort(runs.key), np.argsort(runs.next)         # questions in order are answered faster
+    keys, wanted = runs.key[order], runs.next[asked]
+    at = np.minimum(np.searchsorted(keys, wanted), len(order) - 1)
+    follows = np.empty_like(order)
+    follows[asked] = np.where(keys[at] == wanted, order[at], -1)
+    return follows
 
-# %% ../../nbs/geo/45_trace.ipynb #244e5091
+# %% ../../nbs/geo/45_trace.ipynb #ccba0602
 def walk(
     follows:np.ndarray,     # Which run follows each, -1 for none
 )->tuple[np.ndarray, np.ndarray, int]:   # Runs in walking order; where each chain begins, and the end; how many are open
     "Follow the links from run to run."
-    led = np.zeros(len(follows), bool)
-    led[follows[follows >= 0]] = True
-    heads = np.flatnonzero(~led).tolist()
-    go, seen, order, cuts = follows.tolist(), bytearray(len(follows)), [], [0]
-    for i in chain(heads, range(len(go))):
-        if seen[i]: continue
-        while i >= 0 and not seen[i]:
-            seen[i] = 1
-            order.append(i)
-            i = go[i]
-        cuts.append(len(order))
-    return np.array(order, np.int64), np.array(cuts), len(heads)
+    n, index = len(follows), np.arange(len(follows))
+    end = follows < 0
+    jump, name = np.where(end, index, follows), np.where(end, index - n, index)     # the smallest name of a chain is everybody's
+    while (better := np.minimum(name, name[jump]) != name).any():
+        name = np.where(better, name[jump], name)
+        jump = jump[jump]
+    stop = end | (follows == name)
+    jump, left = np.where(stop, index, follows), (~stop).astype(np.int64)           # how many are still to come
+    while (more := left[jump]).any():
+        left += more
+        jump = jump[jump]
+    head = np.ones(n, bool)
+    head[follows[~end]] = False
+    starts = np.concatenate([np.flatnonzero(head), np.flatnonzero(name == index)])
+    cuts = np.concatenate([[0], np.cumsum(left[starts] + 1)])
+    last = np.empty(2*n, np.int64)
+    last[name[starts] + n] = cuts[1:] - 1                                           # where a chain's last run goes
+    order = np.empty(n, np.int64)
+    order[last[name + n] - left] = index
+    return order, cuts, int(head.sum())
 
 # %% ../../nbs/geo/45_trace.ipynb #3f8bdb15
 def following(

@@ -6,7 +6,7 @@
 __all__ = ['BAND', 'FORMATS', 'FLUSH', 'row_bands', 'codes', 'uncode', 'frame', 'saving_vectors', 'GeoPackage', 'GeoParquet',
            'vector_file', 'tables', 'traced_nothing', 'vectorise']
 
-# %% ../../nbs/geo/50_vectorise.ipynb #013f4931
+# %% ../../nbs/geo/50_vectorise.ipynb #4e0518ef
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyogrio
+import rasterio
 import shapely
 from affine import Affine
 
@@ -29,8 +30,8 @@ from .trace import Patches, Tracer
 from .window import Box
 from .write import is_full, no_space, placing
 
-# %% ../../nbs/geo/50_vectorise.ipynb #51f6e07a
-BAND = 2**22   # pixels of a band
+# %% ../../nbs/geo/50_vectorise.ipynb #7ca1dc97
+BAND = 2**21   # pixels of a band
 
 
 def row_bands(
@@ -52,10 +53,12 @@ def row_bands(
         meta = info(source)
         (h, w), block = meta.size, meta.block[0]
         rows = max(min(BAND//w, 2048)//block, 1)*block if block < h else min(h, max(BAND//w, 64))
-        for y in progress(range(0, h, rows), desc): yield read(source, Box(0, y, w, min(rows, h - y)), bands=[band])[0]
+        for y in progress(range(0, h, rows), desc):
+            with rasterio.Env(GDAL_CACHEMAX=2**24): rows_of_it = read(source, Box(0, y, w, min(rows, h - y)), bands=[band])[0]
+            yield rows_of_it
     else: yield from source
 
-# %% ../../nbs/geo/50_vectorise.ipynb #cff4e704
+# %% ../../nbs/geo/50_vectorise.ipynb #d6212ea5
 def codes(
     band:np.ndarray,              # (h, W) class ids: integers, booleans, or floats that are whole numbers
     nothing:frozenset=frozenset({0}),   # Values that get no polygons
@@ -69,8 +72,8 @@ def codes(
     if band.dtype.kind == "b": band = band.astype(np.uint8)
     if band.dtype.kind == "f":
         real = np.isfinite(band)
-        if (np.where(real, band, 0) % 1).any(): raise DataError("this is no class map", why="it holds fractions",
-                                                                fix="threshold it or take the argmax first")
+        if (np.where(real, band, 0) % 1).any():
+            raise DataError("this is no class map", why="it holds fractions", fix="threshold it or take the argmax first")
         return np.where(real, codes(np.where(real, band, 0).astype(np.int64), nothing), 0)
     wanted = 0 not in nothing
     rest = [v for v in nothing if v != 0]
@@ -218,8 +221,8 @@ def _valid(table, connectivity):
     if connectivity == 8 and len(table): table = table.set_geometry(shapely.make_valid(table.geometry.values), crs=table.crs)
     return table
 
-# %% ../../nbs/geo/50_vectorise.ipynb #b47f11f8
-FLUSH = 20_000   # polygons kept before they are written
+# %% ../../nbs/geo/50_vectorise.ipynb #a567ec37
+FLUSH = 8_000   # polygons kept before they are written
 
 
 def vectorise(

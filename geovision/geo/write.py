@@ -6,7 +6,7 @@
 __all__ = ['COMPRESSIONS', 'FULL', 'no_space', 'complaints', 'blocks_end', 'check_blocks', 'is_full', 'placing', 'saving',
            'fitting', 'colour_table', 'RasterWriter', 'write_raster', 'to_cog']
 
-# %% ../../nbs/geo/30_write.ipynb #2c6f28dd
+# %% ../../nbs/geo/30_write.ipynb #6a1a3b65
 import logging
 import shutil
 import warnings
@@ -26,7 +26,7 @@ from ..core.errors import BadFile, BadValue, NoSpace, unknown_name
 from ..core.files import explain, whole
 from ..core.parallel import cores
 from .crs import as_crs
-from .raster import DRIVERS, driver_of, info, telling
+from .raster import driver_of, handle, telling
 from .window import Box
 
 # %% ../../nbs/geo/30_write.ipynb #50f0bfb6
@@ -131,7 +131,7 @@ def saving(
     if said and is_full(path, said, need): raise no_space(path)
     if said: raise BadFile(f"{path} cannot be written", why=f"GDAL says {said[0]!r}")
 
-# %% ../../nbs/geo/30_write.ipynb #901cf92e
+# %% ../../nbs/geo/30_write.ipynb #9fa52647
 def fitting(
     array:np.ndarray,   # What to write
     dtype,              # How to store it
@@ -147,8 +147,9 @@ def fitting(
     if array.size and (dtype.kind in "iu" and array.dtype.kind in "iub" or dtype.kind == "b"):
         limits = np.iinfo(dtype) if dtype.kind in "iu" else np.iinfo("uint8")
         low, high = int(array.min()), int(array.max())
-        if low < limits.min or high > limits.max: raise BadValue(f"values from {low} to {high} do not fit {dtype}",
-                                                                 fix=f"write as {np.min_scalar_type(high if low >= 0 else low)} or larger")
+        if low < limits.min or high > limits.max:
+            raise BadValue(f"values from {low} to {high} do not fit {dtype}",
+                           fix=f"write as {np.min_scalar_type(high if low >= 0 else low)} or larger")
     elif array.size: raise BadValue(f"{array.dtype} does not fit {dtype}", why="values would be rounded",
                                     fix="convert the array yourself, or write as float32")
     return array.astype(dtype)
@@ -175,7 +176,7 @@ def _rgba(colour):
         raise BadValue(f"{colour!r} is not a colour", fix='write "#rrggbb" or three numbers from 0 to 255') from None
     return tuple(parts) if len(parts) == 4 else (*parts, 255)
 
-# %% ../../nbs/geo/30_write.ipynb #cf35a818
+# %% ../../nbs/geo/30_write.ipynb #88d2be0c
 class RasterWriter:
     """A GeoTIFF written window by window; it appears whole or not at all.
 
@@ -235,10 +236,10 @@ class RasterWriter:
         array = np.asarray(array)
         array = array[None] if array.ndim == 2 else array
         box = Box.whole(self.shape) if box is None else Box(*box)
-        if array.shape != (self.shape[0], *box.size): raise BadValue(f"an array of shape {array.shape} does not fill {box}",
-                                                                     fix=f"give (C, h, w) = {(self.shape[0], *box.size)}")
-        if not Box.whole(self.shape).holds(box): raise BadValue(f"{box} reaches outside {self.path.name}",
-                                                                why=f"its shape is {self.shape}")
+        if array.shape != (self.shape[0], *box.size):
+            raise BadValue(f"an array of shape {array.shape} does not fill {box}", fix=f"give (C, h, w) = {(self.shape[0], *box.size)}")
+        if not Box.whole(self.shape).holds(box):
+            raise BadValue(f"{box} reaches outside {self.path.name}", why=f"its shape is {self.shape}")
         with saving(self.path): self._file.write(fitting(array, self.dtype), window=box.rasterio())
 
     def __exit__(self, kind, error, trace):
@@ -282,7 +283,7 @@ def write_raster(
     with RasterWriter(path, array.shape, array.dtype, crs, transform, **options) as out: out.write(array)
     return Path(path)
 
-# %% ../../nbs/geo/30_write.ipynb #d6a953ce
+# %% ../../nbs/geo/30_write.ipynb #c652d573
 def to_cog(
     src:Path|str,                   # A raster
     dst:Path|str,                   # The COG to write
@@ -296,17 +297,14 @@ def to_cog(
     ------
     NoSpace, BadFile : as RasterWriter
     """
-    if driver_of(src) not in DRIVERS.values() or driver_of(src) == "NPY": raise BadFile(f"{src} cannot become a COG",
-                                                                                        why="it is a numpy array",
-                                                                                        fix="write it with write_raster first")
-    meta = info(src)
-    with rasterio.Env(), rasterio.open(src, driver=meta.driver) as f:
-        painted = f.colorinterp[0].name == "palette"
-        how = resampling or ("nearest" if painted else "average")
-        if how not in Resampling.__members__: raise unknown_name("resampling", how, Resampling.__members__)
-        with placing(dst) as aside:
-            with saving(dst, 2**20 + Path(src).stat().st_size):
-                rasterio.shutil.copy(f, aside, driver="COG", compress=compress, blocksize=block, predictor="YES",
-                                     num_threads=cores(), bigtiff="if_safer", overview_resampling=how)
-            check_blocks(aside, dst)
+    if driver_of(src) == "NPY":
+        raise BadFile(f"{src} cannot become a COG", why="it is a numpy array", fix="write it with write_raster first")
+    f = handle(src)
+    how = resampling or ("nearest" if f.colorinterp[0].name == "palette" else "average")
+    if how not in Resampling.__members__: raise unknown_name("resampling", how, Resampling.__members__)
+    with placing(dst) as aside:
+        with saving(dst, 2**20 + Path(src).stat().st_size):
+            rasterio.shutil.copy(f, aside, driver="COG", compress=compress, blocksize=block, predictor="YES",
+                                 num_threads=cores(), bigtiff="if_safer", overview_resampling=how)
+        check_blocks(aside, dst)
     return Path(dst)

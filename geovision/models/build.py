@@ -139,7 +139,7 @@ def pooled(
     net.stride = 1
     return net
 
-# %% ../../nbs/models/10_build.ipynb #3ce3ff39
+# %% ../../nbs/models/10_build.ipynb #d8b6384a
 HEADS = ("segmentation", "classification", "regression")
 
 
@@ -150,11 +150,11 @@ def _named(name:str)->Callable:
     return builder
 
 
-for _name in DECODERS: register(_named(_name), kind="model", name=_name)
 pooled.head = "image"
 register(pooled, kind="model", name="pooled")
+for _name in DECODERS: register(_named(_name), kind="model", name=_name)
 
-# %% ../../nbs/models/10_build.ipynb #270f6baa
+# %% ../../nbs/models/10_build.ipynb #33403c51
 def with_pretrained(
     make:Callable[[], nn.Module],   # Builds the network and downloads on the way
     encoder:str,                    # For the sentence
@@ -169,7 +169,8 @@ def with_pretrained(
     except GeoVisionError: raise
     except Exception as e:
         reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
-        raise GeoVisionError(f"there are no pretrained weights for {encoder} at hand", why=f"they come from the network, which answered: {reason}",
+        raise GeoVisionError(f"there are no pretrained weights for {encoder} at hand",
+                             why=f"they come from the network, which answered: {reason}",
                              fix="set weights to null to train from scratch, or to the path of a .safetensors file") from None
 
 
@@ -188,11 +189,12 @@ def load_weights(
     except Exception as e: raise BadFile(f"cannot read weights from {path}", why=str(e), fix="give a .safetensors file") from None
     own = model.state_dict()
     fits = {k: v for k, v in stored.items() if k in own and own[k].shape == v.shape}
-    if not fits: raise BadFile(f"nothing in {path} fits this model", why=f"it holds for instance {next(iter(stored), 'nothing')}", fix="build the model with the same encoder")
+    if not fits: raise BadFile(f"nothing in {path} fits this model", why=f"it holds for instance {next(iter(stored), 'nothing')}",
+                            fix="build the model with the same encoder")
     model.load_state_dict(fits, strict=False)
     return len(fits), len(own)
 
-# %% ../../nbs/models/10_build.ipynb #303f00fe
+# %% ../../nbs/models/10_build.ipynb #9b799978
 def build(
     name:str|None=None,            # A registered model; unet for maps and pooled for the rest when None
     encoder:str="tu-resnet10t",    # An encoder of timm (tu-...) or smp
@@ -238,7 +240,8 @@ def check_words(bands:int, classes:int, head:str, norm:str)->None:
     "The words of `build` that have few possible values."
     if bands < 1 or classes < 1: raise BadValue(f"a model needs at least one band and one class, got {bands} and {classes}")
     if head not in HEADS: raise unknown_name("head", head, HEADS)
-    if norm != "batch": raise BadValue(f"there is no norm {norm!r} yet", why="networks keep the batch norm they come with", fix="use norm: batch")
+    if norm != "batch": raise BadValue(f"there is no norm {norm!r} yet", why="networks keep the batch norm they come with",
+                            fix="use norm: batch")
 
 
 def check_head(name:str, has:str|None, wanted:str)->None:

@@ -34,7 +34,7 @@ def counted(
     if valid is None or (target.ndim < 3 and valid.shape != target.shape): return keep
     return keep & (valid[:, None] if target.ndim == 4 else valid)
 
-# %% ../../nbs/models/20_losses.ipynb #1ab7ed2b
+# %% ../../nbs/models/20_losses.ipynb #327b07aa
 def check_labels(
     target:Tensor,            # Integer labels
     classes:int,              # The model tells 0 ... classes-1 apart
@@ -46,9 +46,10 @@ def check_labels(
     if not wrong.any(): return
     found = target[wrong].unique().tolist()[:5]
     raise DataError(f"the labels hold {', '.join(map(str, found))}", why=f"the model knows the classes 0 to {classes-1}"
-                    + (f" and {ignore} is ignored" if ignore is not None else ""), fix="correct the masks, or set loss.ignore to the id that means no label")
+                    + (f" and {ignore} is ignored" if ignore is not None else ""),
+                    fix="correct the masks, or set loss.ignore to the id that means no label")
 
-# %% ../../nbs/models/20_losses.ipynb #231081ca
+# %% ../../nbs/models/20_losses.ipynb #4977c463
 @register("loss")
 def ce(
     logits:Tensor,                        # Scores of every class
@@ -79,7 +80,8 @@ def class_weights(
 )->Tensor:                    # (K,), where the logits live
     "Check that there is one weight a class."
     if len(weight) != logits.shape[1] or min(weight) < 0:
-        raise BadValue(f"got the class weights {list(weight)}", why=f"the model has {logits.shape[1]} classes", fix="give one number from 0 up for each")
+        raise BadValue(f"got the class weights {list(weight)}", why=f"the model has {logits.shape[1]} classes",
+                       fix="give one number from 0 up for each")
     return torch.as_tensor(weight, dtype=torch.float32, device=logits.device)
 
 # %% ../../nbs/models/20_losses.ipynb #e9a3ec3f
@@ -148,7 +150,7 @@ def ce_dice(
     areas, n = dice(logits, target, valid, ignore)
     return 2*(1 - share)*total + 2*share*areas*count/n.clamp(min=1), count
 
-# %% ../../nbs/models/20_losses.ipynb #4062e562
+# %% ../../nbs/models/20_losses.ipynb #0fb423f0
 @register("loss")
 def bce(
     logits:Tensor,               # Scores, one a question
@@ -175,7 +177,8 @@ def matched(
     "Give a target the class axis it may lack, or say that the shapes do not fit."
     if target.ndim == logits.ndim - 1 and logits.shape[1] == 1: target = target.unsqueeze(1)
     if target.shape != logits.shape:
-        raise DataError(f"the target has shape {tuple(target.shape)}, the output {tuple(logits.shape)}", fix="check the number of classes and the model's head")
+        raise DataError(f"the target has shape {tuple(target.shape)}, the output {tuple(logits.shape)}",
+                        fix="check the number of classes and the model's head")
     return target.float()
 
 # %% ../../nbs/models/20_losses.ipynb #e732f54c

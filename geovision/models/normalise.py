@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import BadValue
 
-# %% ../../nbs/models/00_normalise.ipynb #0832a498
+# %% ../../nbs/models/00_normalise.ipynb #4e19fac0
 class Normalise(nn.Module):
     """Shift and scale every band; pixels that are not a number become the mean.
 
@@ -57,7 +57,8 @@ def check_bands(
     bands:int,    # How many bands the model was built for
 )->None:
     "Say how many bands were expected, before torch says it in its own way."
-    if x.ndim != 4: raise BadValue(f"a model takes (batch, bands, height, width), got {tuple(x.shape)}", fix="add the batch axis with x[None]")
+    if x.ndim != 4: raise BadValue(f"a model takes (batch, bands, height, width), got {tuple(x.shape)}",
+                            fix="add the batch axis with x[None]")
     if x.shape[1] != bands:
         raise BadValue(f"the model takes {bands} bands, got {x.shape[1]}", why=f"the input has shape {tuple(x.shape)}",
                        fix="select the bands the model was trained on, in that order")

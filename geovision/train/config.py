@@ -173,7 +173,7 @@ class Config(Strict):
     log:LogWords = LogWords()
     made:dict[str, Any]|None = None
 
-# %% ../../nbs/train/10_config.ipynb #09feffd5
+# %% ../../nbs/train/10_config.ipynb #971b1ba2
 def all_keys(
     section:type[BaseModel],   # A section of the config
     prefix:str="",             # Where it hangs
@@ -181,7 +181,8 @@ def all_keys(
     "Every known key below a section."
     found = []
     for key, field in section.model_fields.items():
-        inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type) and issubclass(t, BaseModel)]
+        types = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        inner = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
         found += [prefix + key] + [k for t in inner for k in all_keys(t, f"{prefix}{key}.")]
     return found
 
@@ -209,7 +210,8 @@ def sentence(
         close = nearest_keys(key)
         return BadValue(f"unknown key {key}{more}", why="nobody would read it",
                         fix=f"did you mean {' or '.join(close)}" if close else f"known at this place are {', '.join(_beside(key))}")
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("String should match pattern", "it must match")
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    reason = reason.replace("String should match pattern", "it must match")
     rule = reason if first["type"] in ("value_error", "string_pattern_mismatch") else f"it should be {reason}"
     return BadValue(f"{key} cannot be {first['input']!r}{more}", why=rule, fix="correct it in the config, or give key=value")
 
@@ -219,7 +221,7 @@ def _beside(key:str)->list[str]:
     section = key.rpartition(".")[0]
     return [k.rsplit(".", 1)[-1] for k in all_keys(Config) if k.rpartition(".")[0] == section]
 
-# %% ../../nbs/train/10_config.ipynb #1d242b20
+# %% ../../nbs/train/10_config.ipynb #8931ad71
 def override(
     words:Mapping[str, Any],    # A config as nested dicts
     pairs:Iterable[str],        # Each `dotted.key=value`
@@ -233,7 +235,8 @@ def override(
     made = {k: dict(v) if isinstance(v, Mapping) else v for k, v in words.items()}
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        if not equals or not key.strip(): raise BadValue(f"cannot read {pair!r}", why="a change has the form key=value", fix="write for example optimise.epochs=5")
+        if not equals or not key.strip(): raise BadValue(f"cannot read {pair!r}", why="a change has the form key=value",
+                                fix="write for example optimise.epochs=5")
         try: value = yaml.safe_load(text)
         except yaml.YAMLError as e: raise BadValue(f"cannot read the value in {pair!r}", why=str(e).splitlines()[0]) from None
         _put(made, key.strip().split("."), value)

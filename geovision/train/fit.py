@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'open_folder', 'first_difference', 'write_folder', 'columns_of', 'Training', 'steps_per_epoch', 'begin',
-           'training_batches', 'one_epoch', 'judge_on', 'run_epochs', 'after_step', 'check_loss', 'keep_best', 'fit',
-           'same_samples', 'evaluate', 'judging']
+           'training_batches', 'one_epoch', 'judge_on', 'run_epochs', 'brief', 'after_step', 'check_loss', 'keep_best',
+           'fit', 'same_samples', 'evaluate', 'judging']
 
-# %% ../../nbs/train/65_fit.ipynb #b7029486
+# %% ../../nbs/train/65_fit.ipynb #2f3e7e33
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +26,7 @@ from ..core.parallel import progress
 from ..core.registry import lookup
 from ..core.seeds import hash64, seed_everything
 from ..models.normalise import blank
+from ..models.sides import AllSides
 from .config import Config, load_config, to_dict
 from .job import Job, choose, divide, find_dataset, prepare
 from .log import Log, logger, reopen, text_log
@@ -33,7 +34,7 @@ from .loop import Visits, batches, best_device, claims, epoch_order, evaluate as
 from .optimise import Averager, make_optimiser, make_schedule
 from .run import Run, load_into, load_state, provenance, save_checkpoint, save_weights
 
-# %% ../../nbs/train/65_fit.ipynb #3a898b53
+# %% ../../nbs/train/65_fit.ipynb #b1ce0f08
 WRITTEN = ("config.yaml", "splits.parquet", "model.json", "metrics.h5", "log.txt", "checkpoints")
 
 
@@ -57,9 +58,11 @@ def open_folder(
     if reset:
         for name in WRITTEN: shutil.rmtree(folder/name) if (folder/name).is_dir() else (folder/name).unlink(missing_ok=True)
         return False
-    if not resume: raise BadValue(f"{folder} holds a run already", why="it would be overwritten", fix="choose another name, go on with resume=True, or delete it with reset=True")
+    if not resume: raise BadValue(f"{folder} holds a run already", why="it would be overwritten",
+                            fix="choose another name, go on with resume=True, or delete it with reset=True")
     differs = first_difference(to_dict(Run(folder).config), to_dict(config))
-    if differs: raise BadValue(f"{folder} was started with another {differs}", why="a resumed run must be the same run", fix="take the run's own config.yaml, or another name")
+    if differs: raise BadValue(f"{folder} was started with another {differs}", why="a resumed run must be the same run",
+                            fix="take the run's own config.yaml, or another name")
     return True
 
 
@@ -147,7 +150,7 @@ def begin(
         logger.info("going on after epoch %d", run.epoch)
     return run
 
-# %% ../../nbs/train/65_fit.ipynb #a32805bd
+# %% ../../nbs/train/65_fit.ipynb #302ab909
 def training_batches(
     job:Job,      # What is run
     epoch:int,    # From 0
@@ -166,7 +169,8 @@ def one_epoch(
     "Train and judge."
     job, words, start = run.job, run.job.config.optimise, time.perf_counter()
     seed_everything(hash64(job.config.seed, "epoch", run.epoch) >> 32)
-    loss = train_epoch(job.model, training_batches(job, run.epoch), job.step, run.opt, run.sched, job.autocast, words.clip, words.accumulate, after)
+    data = training_batches(job, run.epoch)
+    loss = train_epoch(job.model, data, job.step, run.opt, run.sched, job.autocast, words.clip, words.accumulate, after)
     run.epoch += 1
     images = (blank(b["image"], b.get("valid")) for b in training_batches(job, run.epoch - 1, "statistics"))
     run.averager.after_epoch(job.model, run.epoch/words.epochs, images)
@@ -187,7 +191,7 @@ def judge_on(
     loss, tally = judge(model, data, job.step, job.tally(), job.autocast, claims(ds))
     return {f"{name}/loss": loss} | {f"{name}/{metric}/{label}": value for (metric, label), value in tally.scores().items()}
 
-# %% ../../nbs/train/65_fit.ipynb #4dc0f7ff
+# %% ../../nbs/train/65_fit.ipynb #589aa589
 def run_epochs(
     run:Training,      # Where to start
     folder:Path,       # Of the run
@@ -203,7 +207,12 @@ def run_epochs(
             run.rows["epochs"] += 1
             keep_best(run, row, folder/"checkpoints")
             save_checkpoint(folder/"checkpoints", job.model, run.state_dict(), run.epoch)
-            logger.info("epoch %d: %s", run.epoch, ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k.count("/") < 2 or k.endswith("/mean")))
+            logger.info("epoch %d: %s", run.epoch, brief(row))
+
+
+def brief(row:Mapping[str, float])->str:
+    "A row of the log in words, without the single classes."
+    return ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k.count("/") < 2 or k.endswith(("/mean", "/all")))
 
 
 def after_step(run:Training, log:Log, bar)->Callable:
@@ -251,7 +260,7 @@ def keep_best(
     save_weights(folder/"best.safetensors", run.averager.best_of(run.job.model))
     return True
 
-# %% ../../nbs/train/65_fit.ipynb #498336a4
+# %% ../../nbs/train/65_fit.ipynb #a53ca013
 def fit(
     config:Config|Mapping|str|Path,      # A path, nested dicts or a Config
     dataset=None,                        # Instead of the one the config names
@@ -292,9 +301,10 @@ def same_samples(
 )->None:
     "A resumed run must see the samples it started with."
     before, now = (set(zip(t["id"], t["split"], strict=True)) for t in (run.splits, job.splits))
-    if before != now: raise DataError(f"the samples of {run.path} have changed", why=f"{len(before ^ now)} differ in id or split", fix="bring the data back, or start a new run")
+    if before != now: raise DataError(f"the samples of {run.path} have changed", why=f"{len(before ^ now)} differ in id or split",
+                            fix="bring the data back, or start a new run")
 
-# %% ../../nbs/train/65_fit.ipynb #db121d66
+# %% ../../nbs/train/65_fit.ipynb #7c74d11c
 def evaluate(
     run:Run,                       # A trained run
     split:str="test",              # Which of its splits
@@ -303,6 +313,7 @@ def evaluate(
     model:nn.Module|None=None,     # For a run whose network was passed as an object
     which:str="best",              # Which weights: best or last
     metrics:Iterable[str]|None=None,   # Registered names; those of the run when None
+    all_sides:bool=False,          # Average over flips and turns: eight times the work
     device:str|None=None,          # The best there is when None
 )->pd.DataFrame:                   # split, metric, class, value
     """Judge a run on a split.
@@ -314,9 +325,11 @@ def evaluate(
     wanted = set(run.ids(split))
     ds = divide(choose(find_dataset(run.config.data, dataset), run.config.data), run.config.data, run.config.seed)
     at = np.flatnonzero(ds.index["id"].isin(wanted) & (ds.index["split"] == split))
-    if len(at) < len(wanted): raise DataError(f"{len(wanted) - len(at)} of {len(wanted)} samples of {split} are gone", fix="bring the data back")
+    if len(at) < len(wanted): raise DataError(f"{len(wanted) - len(at)} of {len(wanted)} samples of {split} are gone",
+                            fix="bring the data back")
     job = judging(run, metrics, device)
     net = run.model(model, which).to(job.device)
+    net = AllSides(net) if all_sides and run.info.kind != "regression" else net
     scores = judge_on(job, ds.take(at), net, split)
     rows = [(split, *(key.split("/", 2)[1:] + ["all"])[:2], value) for key, value in scores.items()]
     return pd.DataFrame(rows, columns=["split", "metric", "class", "value"])
@@ -332,4 +345,5 @@ def judging(
     config, info = run.config, run.info
     fn, options = make_loss(config, info.kind)
     names = tuple(metrics or config.metrics or DEFAULTS[info.kind][1])
-    return Job(config, None, None, None, make_step(info.kind, fn, info.ignore, **options), info, run.splits, names, None, device or best_device())
+    step = make_step(info.kind, fn, info.ignore, **options)
+    return Job(config, None, None, None, step, info, run.splits, names, None, device or best_device())

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULTS', 'Generated', 'find_dataset', 'choose', 'divide', 'kind_of', 'head_of', 'statistics', 'make_model',
            'make_loss', 'make_augment', 'Job', 'prepare', 'part']
 
-# %% ../../nbs/train/60_job.ipynb #a25f7167
+# %% ../../nbs/train/60_job.ipynb #afb76086
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from ..data.card import Task
 from ..models.build import Model, build, check_options, option_names
 from .augment import Augmenter, augmenter
 from .config import Config, Data
-from .loop import TARGETS, autocast_of, best_device, check_batch, make_step, pick
+from .loop import autocast_of, best_device, check_batch, make_step, pick, to_device
 from .run import Info, wrapped
 from .tally import Tally
 
-# %% ../../nbs/train/60_job.ipynb #b775bb28
+# %% ../../nbs/train/60_job.ipynb #2f1435ca
 class Generated:
     "Bright squares on noise, labelled: a dataset for tests and first steps, made from a seed."
     def __init__(
@@ -77,7 +77,8 @@ class Generated:
     def index(self)->pd.DataFrame:
         "One row a sample."
         share = self.positions/self.n
-        return pd.DataFrame({"id": [f"g{i}" for i in self.positions], "split": np.where(share < .6, "train", np.where(share < .85, "val", "test"))})
+        split = np.where(share < .6, "train", np.where(share < .85, "val", "test"))
+        return pd.DataFrame({"id": [f"g{i}" for i in self.positions], "split": split})
 
     @property
     def stats(self):
@@ -85,7 +86,7 @@ class Generated:
         pixels = np.concatenate([self[j]["image"].double().flatten(1) for j in range(len(self))], axis=1)     # (bands, all pixels)
         return SimpleNamespace(mean=pixels.mean(1), std=pixels.std(1))
 
-# %% ../../nbs/train/60_job.ipynb #c2528788
+# %% ../../nbs/train/60_job.ipynb #ee1dd1c0
 def find_dataset(
     data:Data,      # From the config
     dataset=None,   # What was passed to fit, if anything
@@ -96,7 +97,8 @@ def find_dataset(
     if data.from_files is not None:
         words = {k: v for k, v in data.from_files.model_dump().items() if v is not None}
         return geovision.from_files(words.pop("images"), **words)
-    if data.dataset is None: raise BadValue("the config names no data", why="it has neither data.dataset nor data.from_files", fix="name one, or pass dataset= to fit")
+    if data.dataset is None: raise BadValue("the config names no data", why="it has neither data.dataset nor data.from_files",
+                            fix="name one, or pass dataset= to fit")
     return geovision.open(data.dataset, root=data.root, task=data.task, variant=data.variant)
 
 
@@ -125,14 +127,15 @@ def divide(
     "Make sure the samples are split, then cut them into tiles: neighbours of one image never part."
     words = data.splits
     if words is not None:
-        options = {"size_m": words.size_m, "buffer": words.buffer} if words.how == "block" else {"k": words.k} if words.how == "kfold" else {}
+        options = {"block": {"size_m": words.size_m, "buffer": words.buffer}, "kfold": {"k": words.k}}.get(words.how, {})
         ds = ds.splits(by=words.by, val=words.val, test=words.test, how=words.how, seed=seed, **options)
         if words.how == "kfold": ds = ds.with_rows(ds.rows.assign(split=np.where(ds.rows["fold"] == words.fold, "val", "train")))
-    if "split" not in ds.index: raise NotFound("the samples are not split", why="neither the dataset nor the config says how", fix="add data.splits, for instance {how: block, val: 0.15, test: 0.15}")
+    if "split" not in ds.index: raise NotFound("the samples are not split", why="neither the dataset nor the config says how",
+                            fix="add data.splits, for instance {how: block, val: 0.15, test: 0.15}")
     tiles = data.select.tiles
     return ds if tiles is None else ds.tiles(tiles.tile, overlap=tiles.overlap)
 
-# %% ../../nbs/train/60_job.ipynb #3a0d30cc
+# %% ../../nbs/train/60_job.ipynb #f5a70606
 DEFAULTS = {"segmentation": ("ce_dice", ["iou", "f1"]), "classification": ("ce", ["f1", "accuracy"]),
             "multilabel": ("bce", ["f1", "iou"]), "regression": ("mse", ["rmse", "mae", "r2"])}
 
@@ -142,10 +145,13 @@ def kind_of(
 )->str:      # One of `DEFAULTS`
     "The kind of task, if it is one the loop has a step for."
     task = ds.task
-    if task is None: raise NotFound("the dataset has no task", why="there is nothing to learn without labels", fix="open it with task=..., or with a mask, polygons or a label")
+    if task is None: raise NotFound("the dataset has no task", why="there is nothing to learn without labels",
+                            fix="open it with task=..., or with a mask, polygons or a label")
     if task.kind not in DEFAULTS:
-        raise BadValue(f"the loop has no step for {task.kind} yet", why=f"it has {', '.join(DEFAULTS)}", fix="choose another task of the dataset")
-    if task.kind != "regression" and len(task.classes) < 2: raise BadValue(f"the task has {len(task.classes)} classes", why="telling apart needs at least two", fix="give classes=[...]")
+        raise BadValue(f"the loop has no step for {task.kind} yet", why=f"it has {', '.join(DEFAULTS)}",
+                       fix="choose another task of the dataset")
+    if task.kind != "regression" and len(task.classes) < 2: raise BadValue(f"the task has {len(task.classes)} classes",
+                            why="telling apart needs at least two", fix="give classes=[...]")
     return task.kind
 
 
@@ -157,14 +163,15 @@ def head_of(
     if kind == "segmentation" or (kind == "regression" and sample["target"].ndim >= 2): return "segmentation"
     return "regression" if kind == "regression" else "classification"
 
-# %% ../../nbs/train/60_job.ipynb #b5f3e7bb
+# %% ../../nbs/train/60_job.ipynb #1068fd8c
 def statistics(
     train,      # The training split
 )->tuple[tuple[float, ...], tuple[float, ...]]:
     "Mean and spread of every band over the training split."
     stats = train.stats
     mean, std = (tuple(float(v) for v in np.atleast_1d(values)) for values in (stats.mean, stats.std))
-    if len(mean) != len(train.bands): raise DataError(f"there are statistics of {len(mean)} bands", why=f"the samples have {len(train.bands)}")
+    if len(mean) != len(train.bands): raise DataError(f"there are statistics of {len(mean)} bands",
+                            why=f"the samples have {len(train.bands)}")
     return mean, std
 
 
@@ -209,7 +216,7 @@ def make_augment(
     wanted = [(t.name, t.options) for t in data.augment]
     return augmenter([("random_crop", {"size": data.crop}), *wanted] if data.crop else wanted)
 
-# %% ../../nbs/train/60_job.ipynb #cd2f6acb
+# %% ../../nbs/train/60_job.ipynb #acba409d
 @dataclass
 class Job:
     "All that a run needs, checked."
@@ -281,10 +288,11 @@ def _info(ds, kind:str, net:Model, words:dict|None, ignore:int|None, stats:tuple
 
 
 def _try_one(job:Job)->None:
-    "Read, augment and look at one sample of each split."
+    "Read, augment and look at one sample of each split, and let the model and the loss have a go at it."
     for ds, augment in ((job.train, job.augment), (job.val, None)):
         if ds is None: continue
-        sample = ds[0] if augment is None else augment(ds[0], "a trial")
-        batch = collate([pick(sample, TARGETS[job.info.kind])])
-        if batch["image"].shape[1] != job.model.bands: raise DataError(f"samples have {batch['image'].shape[1]} bands", why=f"the model takes {job.model.bands}")
-        check_batch(batch, TARGETS[job.info.kind], max(1, len(job.info.classes)), job.info.ignore)
+        batch = collate([pick(ds[0] if augment is None else augment(ds[0], "a trial"), job.step.target)])
+        found = batch["image"].shape[1]
+        if found != job.model.bands: raise DataError(f"samples have {found} bands", why=f"the model takes {job.model.bands}")
+        check_batch(batch, job.step.target, max(1, len(job.info.classes)), job.info.ignore)
+        with torch.inference_mode(): job.step(job.model.eval(), to_device(batch, job.device))

@@ -20,7 +20,7 @@ import pandas as pd
 from ..core.errors import BadFile, BadValue
 from ..core.files import whole
 
-# %% ../../nbs/train/20_log.ipynb #bccd9067
+# %% ../../nbs/train/20_log.ipynb #a4d01883
 class Log:
     "The one writer of `metrics.h5`."
     def __init__(
@@ -43,7 +43,8 @@ class Log:
         "Append a row: data first, then the counter."
         columns = self.columns[table]
         unknown = set(values) - set(columns)
-        if unknown: raise BadValue(f"the table {table} has no column {sorted(unknown)[0]!r}", why="all columns are made before the first row")
+        if unknown: raise BadValue(f"the table {table} has no column {sorted(unknown)[0]!r}",
+                                why="all columns are made before the first row")
         data, counter = self.file[table]["rows"], self.file[table]["n_valid"]
         n = int(counter[0])
         if len(data) <= n: data.resize(n + 1, axis=0)
@@ -63,7 +64,8 @@ def _opened(path:Path, mode:str, **words)->h5py.File:
     except FileExistsError: raise BadFile(f"{path} exists already", fix="choose another run folder, or resume") from None
     except FileNotFoundError: raise BadFile(f"there is no log {path}") from None
     except OSError as e:
-        raise BadFile(f"cannot open {path}", why=str(e).splitlines()[0], fix="is another process writing it, or was it cut short?") from None
+        raise BadFile(f"cannot open {path}", why=str(e).splitlines()[0],
+                      fix="is another process writing it, or was it cut short?") from None
 
 
 def _make_table(file:h5py.File, name:str, columns:Sequence[str])->None:
@@ -115,7 +117,7 @@ def _fill(log:Log, table:str, rows:np.ndarray)->None:
     group["rows"][:] = rows
     group["n_valid"][0] = len(rows)
 
-# %% ../../nbs/train/20_log.ipynb #a84da34e
+# %% ../../nbs/train/20_log.ipynb #90f4fbbc
 logger = logging.getLogger("geovision")
 
 
@@ -131,7 +133,8 @@ def text_log(
     logger.setLevel(logging.INFO)
 
     def record(message, category, filename, lineno, file=None, line=None):
-        handler.handle(logger.makeRecord(logger.name, logging.WARNING, filename, lineno, f"{category.__name__}: {message} ({filename}:{lineno})", (), None))
+        text = f"{category.__name__}: {message} ({filename}:{lineno})"
+        handler.handle(logger.makeRecord(logger.name, logging.WARNING, filename, lineno, text, (), None))
         show(message, category, filename, lineno, file, line)
 
     warnings.showwarning = record

@@ -6,8 +6,9 @@
 __all__ = ['TARGETS', 'make_step', 'epoch_order', 'pick', 'Visits', 'batches', 'to_device', 'train_epoch', 'groups', 'backward',
            'evaluate', 'claims', 'best_device', 'autocast_of', 'check_batch']
 
-# %% ../../nbs/train/50_loop.ipynb #9459511f
+# %% ../../nbs/train/50_loop.ipynb #c6272948
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..models.losses import check_labels
 from ..models.normalise import blank
 from .tally import Owner, Tally
 
-# %% ../../nbs/train/50_loop.ipynb #2d4bfe6c
+# %% ../../nbs/train/50_loop.ipynb #6c1ec9ec
 TARGETS = {"segmentation": "mask", "classification": "label", "multilabel": "label", "regression": "target"}
 
 
@@ -45,7 +46,7 @@ def make_step(
     return step
 
 
-for _kind in TARGETS: register(lambda loss, ignore=None, _kind=_kind, **options: make_step(_kind, loss, ignore, **options), kind="step", name=_kind)
+for _kind in TARGETS: register(partial(make_step, _kind), kind="step", name=_kind)
 
 # %% ../../nbs/train/50_loop.ipynb #7210042a
 def epoch_order(
@@ -57,15 +58,17 @@ def epoch_order(
     "A new order every epoch: each round visits every sample once."
     return [int(i) for r in range(repeat) for i in generator(seed, "order", epoch, r).permutation(n)]
 
-# %% ../../nbs/train/50_loop.ipynb #eda4de2c
+# %% ../../nbs/train/50_loop.ipynb #5ee05a0c
 def pick(
     sample:dict[str, Any],   # As a dataset gives it
     target:str,              # mask, label or target
 )->dict[str, Any]:           # image, target, valid, id
     "What a step needs of a sample."
     if target not in sample:
-        raise NotFound(f"sample {sample.get('id', '?')} has no {target}", why="the task is trained and judged by it", fix="leave out samples without labels, for instance with where(...)")
-    if sample["image"].ndim != 3: raise DataError(f"sample {sample.get('id', '?')} has an image of shape {tuple(sample['image'].shape)}", why="this loop takes (bands, height, width)")
+        raise NotFound(f"sample {sample.get('id', '?')} has no {target}", why="the task is trained and judged by it",
+                       fix="leave out samples without labels, for instance with where(...)")
+    if sample["image"].ndim != 3: raise DataError(f"sample {sample.get('id', '?')} has an image of shape {tuple(sample['image'].shape)}",
+                            why="this loop takes (bands, height, width)")
     return {k: sample[k] for k in ("image", target, "valid", "id") if k in sample}
 
 # %% ../../nbs/train/50_loop.ipynb #1e466215
@@ -219,7 +222,7 @@ def _corners(dataset)->Callable:
     x, y = ((rows["_x0"] - west)/size[0]).round().astype(int), ((north - rows["_y1"])/size[1]).round().astype(int)
     return lambda i: (int(x.iat[i]), int(y.iat[i]))
 
-# %% ../../nbs/train/50_loop.ipynb #f9e5c187
+# %% ../../nbs/train/50_loop.ipynb #88181925
 def best_device()->str:
     "A CUDA card where there is one, else the CPU."
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -235,10 +238,11 @@ def autocast_of(
     ------
     BadValue : a precision that is not built yet
     """
-    if precision == "fp16": raise BadValue("fp16 needs a gradient scaler, which is not built yet", fix="use precision: bf16 on a GPU, fp32 on a CPU")
+    if precision == "fp16": raise BadValue("fp16 needs a gradient scaler, which is not built yet",
+                            fix="use precision: bf16 on a GPU, fp32 on a CPU")
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16")
 
-# %% ../../nbs/train/50_loop.ipynb #eca40a39
+# %% ../../nbs/train/50_loop.ipynb #84151fca
 def check_batch(
     batch:dict[str, Any],      # Fresh from the dataset
     target:str,                # mask, label or target
@@ -252,4 +256,5 @@ def check_batch(
         except DataError as e: raise DataError(f"{e.what} (in the samples {', '.join(map(str, batch['id'][:4]))})", e.why, e.fix) from None
     seen = batch["image"].flatten(1)
     bad = ~torch.isfinite(seen).any(1)
-    if bad.any(): raise DataError(f"sample {batch['id'][int(bad.nonzero()[0])]} holds not one finite pixel", fix="leave it out, or declare its nodata value")
+    if bad.any(): raise DataError(f"sample {batch['id'][int(bad.nonzero()[0])]} holds not one finite pixel",
+                            fix="leave it out, or declare its nodata value")

@@ -57,7 +57,7 @@ def git_commit(
     except (OSError, subprocess.TimeoutExpired): return None
     return found.stdout.strip() if found.returncode == 0 and found.stdout.strip() else None
 
-# %% ../../nbs/train/30_run.ipynb #eb9c8654
+# %% ../../nbs/train/30_run.ipynb #bd1cfaae
 def save_checkpoint(
     folder:Path,                     # The run's `checkpoints`
     model:nn.Module,                 # Its weights are saved
@@ -96,7 +96,8 @@ def load_state(
     if not path.exists(): return None
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise BadFile(f"{path} cannot be read", why=str(e).splitlines()[0][:200], fix="delete the checkpoints folder to start over, or copy the run again") from None
+        raise BadFile(f"{path} cannot be read", why=str(e).splitlines()[0][:200],
+                      fix="delete the checkpoints folder to start over, or copy the run again") from None
     if not isinstance(state, dict) or "weights" not in state: raise BadFile(f"{path} is no checkpoint of ours")
     return state
 
@@ -115,7 +116,8 @@ def load_into(
     if not path.exists(): raise BadFile(f"there are no weights {path}", fix="train the run first")
     try: load_model(model, str(path), strict=True)
     except Exception as e:
-        raise BadFile(f"the weights {path} cannot be loaded", why=" ".join(str(e).split())[:200], fix="use the model they were trained with") from None
+        raise BadFile(f"the weights {path} cannot be loaded", why=" ".join(str(e).split())[:200],
+                      fix="use the model they were trained with") from None
     return model
 
 # %% ../../nbs/train/30_run.ipynb #86498cb9
@@ -146,7 +148,7 @@ class Info:
         words = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k in cls.__dataclass_fields__}
         return cls(**{**words, "bands": tuple(Band(**b) for b in plain["bands"])})
 
-# %% ../../nbs/train/30_run.ipynb #ccb93041
+# %% ../../nbs/train/30_run.ipynb #a40ed496
 class Run:
     """A run folder, finished or not.
 
@@ -159,9 +161,11 @@ class Run:
         path:Path|str,   # The folder
     ):
         self.path = Path(path)
-        if not self.path.is_dir(): raise NotFound(f"there is no run {path}", why="no such folder", fix="runs live in ./runs/<name>; train one with gv.fit")
+        if not self.path.is_dir(): raise NotFound(f"there is no run {path}", why="no such folder",
+                                fix="runs live in ./runs/<name>; train one with gv.fit")
         missing = [name for name in ("config.yaml", "model.json") if not (self.path/name).exists()]
-        if missing: raise NotFound(f"{path} is not a run", why=f"it has no {' and no '.join(missing)}", fix="give the folder that gv.fit made")
+        if missing: raise NotFound(f"{path} is not a run", why=f"it has no {' and no '.join(missing)}",
+                                fix="give the folder that gv.fit made")
 
     @cached_property
     def config(self)->Config: return load_config(self.path/"config.yaml")
@@ -188,7 +192,8 @@ class Run:
         "Which samples were in a split."
         table = self.splits
         found = table.loc[table["split"] == split, "id"].tolist()
-        if not found: raise NotFound(f"the run {self.path.name} has no split {split!r}", why=f"it has {', '.join(sorted(table['split'].unique()))}")
+        if not found: raise NotFound(f"the run {self.path.name} has no split {split!r}",
+                                why=f"it has {', '.join(sorted(table['split'].unique()))}")
         return found
 
     def weights(self, which:str="best")->Path:
@@ -196,13 +201,15 @@ class Run:
         folder = self.path/"checkpoints"
         if which == "best" and (folder/"best.safetensors").exists(): return folder/"best.safetensors"
         state = load_state(folder)
-        if state is None: raise NotFound(f"the run {self.path.name} has no weights yet", fix="wait for its first epoch, or train it with resume=True")
+        if state is None: raise NotFound(f"the run {self.path.name} has no weights yet",
+                                fix="wait for its first epoch, or train it with resume=True")
         return inside(folder, state["weights"])
 
     def model(self, module:nn.Module|None=None, which:str="best")->nn.Module:
         "The trained model in evaluation mode; it takes raw pixels of `bands` and pads to its stride by itself."
         if module is None and self.info.build is None:
-            raise GeoVisionError(f"the run {self.path.name} cannot build its network", why="it was passed to fit as an object", fix="pass it again: run.model(module=...)")
+            raise GeoVisionError(f"the run {self.path.name} cannot build its network", why="it was passed to fit as an object",
+                                 fix="pass it again: run.model(module=...)")
         model = _rebuild(self.info) if module is None else wrapped(module, self.info)
         return load_into(model, self.weights(which)).eval()
 

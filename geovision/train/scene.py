@@ -21,7 +21,7 @@ from ..geo.crs import as_crs
 from ..geo.raster import band_numbers, handle, info, read, read_valid, valid_values
 from ..geo.window import Box
 
-# %% ../../nbs/train/68_scene.ipynb #fa5a153b
+# %% ../../nbs/train/68_scene.ipynb #a41eba5e
 def gain_offset(
     scale,          # None, a number, one number a band, or the tuple (gain, offset)
     bands:int,      # How many bands
@@ -38,8 +38,8 @@ def gain_offset(
     try: both = [np.broadcast_to(np.asarray(v, np.float32), bands).reshape(bands, 1, 1) for v in (gain, offset)]
     except (ValueError, TypeError):
         raise BadValue(f"scale {scale!r} does not fit {bands} bands", fix="give a number, one number a band, or (gain, offset)") from None
-    if not all(np.isfinite(v).all() for v in both) or not both[0].all(): raise BadValue(f"scale {scale!r} is not usable",
-                                                                                        why="gains must be finite and not 0")
+    if not all(np.isfinite(v).all() for v in both) or not both[0].all():
+        raise BadValue(f"scale {scale!r} is not usable", why="gains must be finite and not 0")
     return both[0], both[1]
 
 # %% ../../nbs/train/68_scene.ipynb #ad119f76
@@ -115,7 +115,7 @@ def has_mask(
     f = handle(path)
     return not isinstance(f, np.ndarray) and any(flag.name in ("per_dataset", "alpha") for flag in f.mask_flag_enums[0])
 
-# %% ../../nbs/train/68_scene.ipynb #a08a69ed
+# %% ../../nbs/train/68_scene.ipynb #88436281
 def open_scene(
     scene:Path|str|Mapping[str, Any],     # A file, a dict asset -> file(s), or a sample dict
     bands:Sequence[int|str]|None=None,    # Wanted, by number from 0 or by name; None for all
@@ -138,8 +138,9 @@ def open_scene(
     for meta in metas[1:]:
         near = meta.transform.almost_equals(first.transform, 1e-6*abs(first.transform.a))
         same = near and meta.size == first.size and meta.crs == first.crs
-        if not same: raise DataError(f"{meta.path.name} lies on another grid than {first.path.name}",
-                                     why=f"{meta.size} and {first.size} pixels", fix="resample them to one grid first")
+        if not same:
+            raise DataError(f"{meta.path.name} lies on another grid than {first.path.name}", why=f"{meta.size} and {first.size} pixels",
+                            fix="resample them to one grid first")
     have = [(meta.path, n, name) for meta in metas for n, name in enumerate(meta.names)]
     picked = [have[i] for i in _pick(have, bands, model, metas)]
     parts: list[tuple[Path, list[int]]] = []
@@ -162,8 +163,8 @@ def scene_files(
     "The files of a scene."
     if isinstance(scene, (str, Path)): return [Path(scene)]
     inner = scene.values() if isinstance(scene, Mapping) else scene
-    if not isinstance(inner, Iterable): raise BadValue(f"{type(scene).__name__} is no scene",
-                                                       fix="give a path, a dict of paths, or a sample")
+    if not isinstance(inner, Iterable):
+        raise BadValue(f"{type(scene).__name__} is no scene", fix="give a path, a dict of paths, or a sample")
     found = [path for part in inner for path in scene_files(part)]
     if not found: raise BadValue("the scene is empty", fix="give a path, a dict of paths, or a sample")
     return found
@@ -171,8 +172,9 @@ def scene_files(
 
 def _open_sample(sample, bands, scale, model, words):
     array = np.asarray(sample["image"])
-    if array.ndim != 3: raise DataError(f"the sample's image has shape {array.shape}", why="one picture (C, H, W) is needed",
-                                        fix="predict the dates of a series one by one")
+    if array.ndim != 3:
+        raise DataError(f"the sample's image has shape {array.shape}", why="one picture (C, H, W) is needed",
+                        fix="predict the dates of a series one by one")
     names = tuple(getattr(b, "name", str(b)) for b in sample.get("bands") or [f"band_{i}" for i in range(1, len(array) + 1)])
     picked = pick_bands(names, bands, model)
     if max(picked) >= len(array): raise BadValue(f"the sample has no band {max(picked)}", why=f"it has {len(array)}, counted from 0")

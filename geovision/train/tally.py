@@ -56,7 +56,7 @@ for _name in ("mae", "mse", "rmse"): _metric(_name, needs="numbers", better="low
 _metric("bias", needs="numbers", better="zero")
 _metric("r2", needs="numbers")
 
-# %% ../../nbs/train/05_tally.ipynb #3923e19d
+# %% ../../nbs/train/05_tally.ipynb #ce9abc95
 KINDS = {"segmentation": "labels", "classification": "labels", "multilabel": "questions", "regression": "numbers"}
 
 
@@ -114,8 +114,10 @@ def _needs(metric:str, kind:str)->str:
 
 def check_metrics(kind:str, metrics:tuple[str, ...])->None:
     "Do these metrics make sense for this kind of task?"
-    if kind not in KINDS: raise BadValue(f"there are no metrics for tasks of the kind {kind!r}", why=f"there are some for {', '.join(KINDS)}")
+    if kind not in KINDS: raise BadValue(f"there are no metrics for tasks of the kind {kind!r}",
+                            why=f"there are some for {', '.join(KINDS)}")
     for name in metrics:
         needs = getattr(lookup("metric", name), "needs", "labels")
         allowed = {"regression": {"numbers"}, "multilabel": {"labels"}}.get(kind, {"labels", "confidence"})
-        if needs not in allowed: raise BadValue(f"the metric {name} does not fit {kind}", why=f"it needs {needs}", fix="leave it out of metrics")
+        if needs not in allowed: raise BadValue(f"the metric {name} does not fit {kind}", why=f"it needs {needs}",
+                                fix="leave it out of metrics")

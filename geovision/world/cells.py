@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'PAINT', 'BASE', 'YARDS', 'VERGES', 'WALLED', 'PARKED', 'CARS', 'Paint', 'coat', 'stack', 'pick', 'beside',
-           'parked', 'markings', 'Cell', 'ground', 'verge_of', 'extras', 'pools', 'paint']
+           'parked', 'markings', 'Cell', 'verge_of']
 
 # %% ../../nbs/world/65_cells.ipynb #91ec1790
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .fields import Fields, Trees, fields, trees
 from .materials import AGEING, COVER_NAMES, NAMES
 from .noise import rng_of
 from .parcels import Buildings, Parcels, built_on, buildings, parcels, to_world
-from .roads import District, blocks, corridor, main_roads, streets
+from .roads import District, axes_of, blocks, corridors, main_roads, streets
 
 # %% ../../nbs/world/65_cells.ipynb #f01fed15
 LAYERS = ("base", "yard", "bank", "water", "verge", "road", "drive", "pool", "wall", "car", "building")
@@ -67,7 +67,7 @@ def stack(
     "Paints one over the other."
     return Paint(*(np.concatenate([getattr(p, k) for p in paints]) for k in PAINT))
 
-# %% ../../nbs/world/65_cells.ipynb #dcef1657
+# %% ../../nbs/world/65_cells.ipynb #9c7bdc49
 BASE = {"core": "pavement", "suburb": "lawn_dry", "estate": "meadow", "industry": "gravel", "town": "verge", "dense": "alley",
         "park": "meadow", "village": "scrub", "farmland": "scrub", "forest": "floor"}
 YARDS = {"core": {"court": .5, "asphalt_yard": .3, "lawn": .2}, "suburb": {"lawn": .42, "desert": .28, "lawn_dry": .3},
@@ -76,7 +76,7 @@ YARDS = {"core": {"court": .5, "asphalt_yard": .3, "lawn": .2}, "suburb": {"lawn
          "town": {"yard_dirt": .36, "garden": .34, "yard_swept": .14, "yard_paved": .16},
          "park": {"meadow": .6, "lawn": .3, "lawn_dry": .1},
          "village": {"yard_swept": .55, "yard_dirt": .45},
-         "farmland": {"yard_dirt": .5, "meadow": .5}, "forest": {"floor": .8, "scrub": .2}}
+         "farmland": {"lawn_dry": .4, "meadow": .6}, "forest": {"floor": .8, "scrub": .2}}
 VERGES = {"core": "pavement", "suburb": "pavement", "estate": "verge_green", "industry": "verge_green", "park": "verge_green"}
 WALLED = {"town": .62, "suburb": .5, "industry": .45, "core": .2, "village": .05}
 PARKED = {"core": .42, "suburb": .2, "estate": .35, "industry": .15, "town": .13, "dense": .02}
@@ -112,7 +112,7 @@ def parked(
     "Cars along the kerb, a few of them driving."
     out = []
     for s in roads:
-        line = shapely.LineString(s.line)
+        line = s.axis
         at = np.arange(8., line.length - 8, 6.2)
         at = at[rng.random(len(at)) < share] + rng.uniform(-.5, .5)
         if not len(at) or s.width < 5: continue
@@ -133,7 +133,7 @@ def markings(
     "Dashes along the axis of asphalt streets wider than 6.5 m."
     out = [np.zeros(0, object)]
     for s in roads:
-        line = shapely.LineString(s.line)
+        line = s.axis
         if s.width < 6.5 or s.surface == "dirt" or line.length < 30: continue
         at = np.arange(10., line.length - 12, length + gap)
         p, q = (shapely.get_coordinates(shapely.line_interpolate_point(line, at + d)) for d in (0, length))
@@ -158,7 +158,7 @@ class Cell(District):
 
     @cached_property
     def built(self)->np.ndarray:
-        return built_on(self, self.lots, np.array([shapely.LineString(s.line) for s in self.near_roads], object))
+        return built_on(self, self.lots, axes_of(self.near_roads))
 
     @cached_property
     def homes(self)->Buildings: return buildings(self, self.lots, self.built)
@@ -175,7 +175,10 @@ class Cell(District):
         return [(k, shapely.intersection(p, self.outline), p) for k, p in near]
 
     @cached_property
-    def paint(self)->Paint: return paint(self)
+    def broad(self)->Paint: return _broad(self)
+
+    @cached_property
+    def paint(self)->Paint: return stack([self.broad, _small(self)])
 
     @cached_property
     def bounds(self)->tuple:
@@ -183,7 +186,7 @@ class Cell(District):
         return x0 - 10, y0 - 10, x1 + 10, y1 + 10
 
 # %% ../../nbs/world/65_cells.ipynb #3cdf3002
-def ground(
+def _ground(
     c:Cell,     # A cell
     rng:np.random.Generator,
 )->list:        # Of `Paint`: base, yards, fields, water, roads
@@ -197,12 +200,17 @@ def ground(
                     ["sand" if k == "sea" else "bank" for k, _, _ in c.water], rng))
     out.append(coat([p for _, p, _ in c.water], "water", ["water_" + k for k, _, _ in c.water], rng))
     for still in out[-2:]: still.draw[:] = 0  # one river is one colour, whichever district it crosses
+    return out + _streets(c, rng)
+
+def _streets(
+    c:Cell,     # A cell
+    rng:np.random.Generator,
+)->list:        # Of `Paint`: verges, kerbs, carriageways
+    "Narrow streets first, so that wide ones run over them."
     order = sorted(c.own_roads, key=lambda s: s.width)
-    out.append(coat([corridor(s, s.verge) for s in order], "verge", [verge_of(c, s) for s in order], rng))
     paved = [s for s in order if s.surface in ("asphalt", "worn")]
-    out.append(coat([corridor(s, .3) for s in paved], "verge", "kerb", rng))
-    out.append(coat([corridor(s) for s in order], "road", [s.surface for s in order], rng))
-    return out
+    return [coat(corridors(order, [s.verge for s in order]), "verge", [verge_of(c, s) for s in order], rng),
+            coat(corridors(paved, .3), "verge", "kerb", rng), coat(corridors(order), "road", [s.surface for s in order], rng)]
 
 def verge_of(
     c:Cell,      # The cell
@@ -213,33 +221,31 @@ def verge_of(
     return VERGES.get(c.kind, "verge")
 
 # %% ../../nbs/world/65_cells.ipynb #8d5adae4
-def extras(
-    c:Cell,     # A cell
+def _drives(
+    c:Cell,            # The cell
+    main:Buildings,    # Main buildings
+    lot:np.ndarray,    # Their lots
     rng:np.random.Generator,
-)->list:        # Of `Paint`: drives, pools, walls, cars, clutter
-    "Small things between the buildings."
-    homes, out = c.homes, []
-    main = homes.take(homes.id % 4 == 0)
-    lot, n = c.lots.shape[main.parcel], len(main)
-    if c.kind in ("suburb", "industry", "estate"):
-        wide = 5.2 if c.kind == "suburb" else 9.
-        left = np.maximum(main.a - wide - .5, -main.a) * np.where(rng.random(n) < .5, -1, 1)
-        drive = shapely.intersection(beside(main, left, -main.b - 14, left + wide, -main.b + .5), lot)
-        out.append(coat(drive, "drive", "drive" if c.kind == "suburb" else "asphalt_yard", rng))
-    if c.kind == "suburb": out += pools(main, lot, rng)
-    walled = c.lots.shape[rng.random(len(c.lots)) < WALLED.get(c.kind, 0)]
-    out.append(coat(shapely.buffer(shapely.boundary(walled), .17, quad_segs=1, join_style="mitre"), "wall", "wall", rng, tall=1.9))
-    if c.kind == "town":
-        left, back = rng.uniform(-.8, .5, n) * main.a, main.b + rng.uniform(.4, 2, n)
-        mess = shapely.intersection(beside(main, left, back, left + rng.uniform(1, 4, n), back + rng.uniform(.8, 2.5, n)), lot)
-        out.append(coat(mess[rng.random(n) < .3], "drive", "clutter", rng))
-    dashes = markings(c.own_roads)
-    out.append(coat(dashes, "drive", "mark", rng))
-    kerb = parked(c.own_roads, PARKED.get(c.kind, .01), rng)
-    out.append(coat(kerb, "car", "car", rng, a=[NAMES.index(k) for k in rng.choice(CARS, len(kerb))], tall=1.5))
-    return out
+)->list:               # Of `Paint`
+    "From houses to the street."
+    if c.kind not in ("suburb", "industry", "estate"): return []
+    wide = 5.2 if c.kind == "suburb" else 9.
+    left = np.maximum(main.a - wide - .5, -main.a) * np.where(rng.random(len(main)) < .5, -1, 1)
+    drive = shapely.intersection(beside(main, left, -main.b - 14, left + wide, -main.b + .5), lot)
+    return [coat(drive, "drive", "drive" if c.kind == "suburb" else "asphalt_yard", rng)]
 
-def pools(
+def _clutter(
+    main:Buildings,    # Houses
+    lot:np.ndarray,    # Their lots
+    rng:np.random.Generator,
+)->list:               # Of `Paint`
+    "Tarpaulins and piles of things behind houses."
+    n = len(main)
+    left, back = rng.uniform(-.8, .5, n) * main.a, main.b + rng.uniform(.4, 2, n)
+    mess = shapely.intersection(beside(main, left, back, left + rng.uniform(1, 4, n), back + rng.uniform(.8, 2.5, n)), lot)
+    return [coat(mess[rng.random(n) < .3], "drive", "clutter", rng)]
+
+def _pools(
     main:Buildings,    # Houses
     lot:np.ndarray,    # Their lots
     rng:np.random.Generator,
@@ -254,15 +260,32 @@ def pools(
     return [coat(deck[inside], "drive", "deck", rng), coat(water[inside], "pool", "pool", rng)]
 
 # %% ../../nbs/world/65_cells.ipynb #d5f8c86f
-def paint(
+def _small(
     c:Cell,       # A cell
-)->Paint:         # All of it, roofs last
-    "Lay out a cell."
+)->Paint:         # Drives, pools, walls, cars
+    "Small things between the buildings; pixels of two metres and more do not show them."
+    rng, homes = rng_of(c.land.plan.seed, "small", c.i, c.j), c.homes
+    main = homes.take(homes.id % 4 == 0)
+    lot, walled = c.lots.shape[main.parcel], c.lots.shape[rng.random(len(c.lots)) < WALLED.get(c.kind, 0)]
+    out = _drives(c, main, lot, rng)
+    if c.kind == "suburb": out += _pools(main, lot, rng)
+    out.append(coat(shapely.buffer(shapely.boundary(walled), .17, quad_segs=1, join_style="mitre"), "wall", "wall", rng, tall=1.9))
+    if c.kind == "town": out += _clutter(main, lot, rng)
+    out.append(coat(markings(c.own_roads), "drive", "mark", rng))
+    kerb = parked(c.own_roads, PARKED.get(c.kind, .01), rng)
+    every = stack([*out, coat(kerb, "car", "car", rng, a=[NAMES.index(k) for k in rng.choice(CARS, len(kerb))], tall=1.5)])
+    return every.take(~shapely.is_empty(every.shape))
+
+# %% ../../nbs/world/65_cells.ipynb #ccd13e94
+def _broad(
+    c:Cell,       # A cell
+)->Paint:         # The ground, then roofs
+    "All that is large."
     rng, homes = rng_of(c.land.plan.seed, "paint", c.i, c.j), c.homes
     a = np.array([NAMES.index(r) for r in homes.roof], int)
     aged = [AGEING[r] for r in homes.roof]
     share = np.array([s for _, s, _ in aged]) * rng.beta(1.2, 1.6, len(homes)) * 1.7
     b = np.array([NAMES.index(n) for n, _, _ in aged], int)
     roofs = coat(homes.shape, "building", "roof", rng, a=a, b=b, share=share, tall=homes.eave)
-    every = stack(ground(c, rng) + extras(c, rng) + [roofs])
+    every = stack([*_ground(c, rng), roofs])
     return every.take(~shapely.is_empty(every.shape))

@@ -14,7 +14,7 @@ import shapely
 from ..core.errors import BadValue
 from .noise import noise_at, rng_of, seed_of
 from .parcels import Buildings, Parcels
-from .roads import District, corridor
+from .roads import District, corridors
 
 # %% ../../nbs/world/50_fields.ipynb #d31cbad5
 def day_of_year(
@@ -128,7 +128,7 @@ def beside_roads(
     for s in roads:
         if s.surface not in ("asphalt", "worn"): continue
         for side in (-1, 1):
-            line = shapely.offset_curve(shapely.LineString(s.line), side * (s.width / 2 + 1.4))
+            line = shapely.offset_curve(s.axis, side * (s.width / 2 + 1.4))
             at = np.arange(step / 2, line.length, step)
             at = at[rng.random(len(at)) < share]
             out.append(shapely.get_coordinates(shapely.line_interpolate_point(line, at)).reshape(-1, 2))
@@ -149,6 +149,7 @@ def hedges(
         out.append(shapely.get_coordinates(shapely.line_interpolate_point(ring, np.arange(a, b, 2.6))).reshape(-1, 2))
     return np.vstack(out)
 
+# %% ../../nbs/world/50_fields.ipynb #04a1f254
 def trees(
     d:District,      # The district
     roads:list,      # Streets in and around it
@@ -164,7 +165,7 @@ def trees(
     r = radius[0] + (radius[1] - radius[0]) * rng.beta(1.3, 2.4, len(xy))
     r[len(free) + len(row):] = rng.uniform(1.1, 2.6, len(hedge))
     h, tone = tall * r * rng.uniform(.8, 1.2, len(xy)) + 1, rng.uniform(-1, 1, len(xy))
-    hard = [corridor(s, -.4) for s in roads] + list(homes.shape) + [p for _, p in d.land.water]
+    hard = [*corridors(roads, -.4), *homes.shape, *(p for _, p in d.land.water)]
     at = shapely.points(xy)
     hit = np.zeros(len(xy), bool)
     if len(xy) and hard: hit[shapely.STRtree(hard).query(at, predicate="dwithin", distance=.55 * r)[0]] = True

@@ -124,9 +124,8 @@ def noise_at(
 )->np.ndarray:         # The values `value_noise` has there
     "Value noise at arbitrary points."
     (kx, fx), (ky, fy) = lattice_steps(x, wavelength), lattice_steps(y, wavelength)
-    node = lambda a, b: uniform(kx + a, ky + b, seed) * np.float32(2) - np.float32(1)
-    top = node(0, 0) + (node(1, 0) - node(0, 0)) * fx
-    bottom = node(0, 1) + (node(1, 1) - node(0, 1)) * fx
+    node = uniform(np.stack([kx, kx + 1]), np.stack([ky, ky + 1])[:, None], seed) * np.float32(2) - np.float32(1)  # (2, 2, ...)
+    top, bottom = node[:, 0] + (node[:, 1] - node[:, 0]) * fx
     return top + (bottom - top) * fy
 
 # %% ../../nbs/world/10_noise.ipynb #c68b234c

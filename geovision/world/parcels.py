@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IRON', 'HUTS', 'FARMS', 'SLUM', 'FLAT', 'TILES', 'HALLS', 'FABRICS', 'COLUMNS', 'frame', 'to_world', 'lots', 'shards',
-           'Fabric', 'Parcels', 'rectangles', 'parcels', 'parts', 'corners', 'Buildings', 'join', 'outlines', 'draw',
-           'finish', 'fit', 'without_overlaps', 'huddle', 'buildings', 'built_on']
+           'Fabric', 'Parcels', 'rectangles', 'parcels', 'parts', 'corners', 'Buildings', 'join', 'outlines', 'fit',
+           'without_overlaps', 'buildings', 'built_on']
 
 # %% ../../nbs/world/40_parcels.ipynb #8eb4a8be
 from dataclasses import dataclass
@@ -159,7 +159,7 @@ def parcels(
         if fab.width: box, gap = lots(f, fab.depth, fab.width, rng), None
         else: box, gap = shards(f, fab.depth, .5, rng, alley=.85, close=.13)
         fs = np.repeat(f[None], len(box), 0)
-        cut = shapely.intersection(rectangles(box, fs), block)
+        cut = _clip(rectangles(box, fs), block)
         part, n = shapely.get_parts(cut, return_index=True)
         ok = shapely.get_type_id(part) == 3
         part, n = part[ok], n[ok]
@@ -167,6 +167,13 @@ def parcels(
     if not rows: rows = [(np.zeros(0, int), np.zeros(0, object), np.zeros((0, 6)), np.zeros((0, 4)), np.zeros((0, 4)))]
     block, shape, fs, box, gap = (np.concatenate(c) for c in zip(*rows))
     return Parcels(code(d.i, d.j) * 8192 + np.arange(len(block)), block, shape, fs, box, gap)
+
+def _clip(boxes, block):
+    "The part of each box inside a block; boxes that lie inside as a whole stay as they are."
+    shapely.prepare(block)
+    out, rim = boxes.copy(), ~shapely.contains_properly(block, boxes)
+    out[rim] = shapely.intersection(boxes[rim], block)
+    return out
 
 # %% ../../nbs/world/40_parcels.ipynb #49503d0f
 def parts(
@@ -181,14 +188,15 @@ def parts(
 
 def corners(
     shape:str,   # I, L, T or U
-    k:float,     # As in `parts`
+    k:float,     # As in `parts`; a number or (N,)
     q:float,     # As in `parts`
-)->np.ndarray:   # (V, 2) corners, counter-clockwise
-    "The outline itself."
+)->np.ndarray:   # (V, 2) or (N, V, 2) corners, counter-clockwise
+    "The outline itself, or the outlines of many buildings of one shape."
     r = abs(q)
-    return np.array({"I": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "L": [(-1, -1), (1, -1), (1, k), (q, k), (q, 1), (-1, 1)],
-                     "T": [(-1, -1), (1, -1), (1, k), (r, k), (r, 1), (-r, 1), (-r, k), (-1, k)],
-                     "U": [(-1, -1), (1, -1), (1, 1), (r, 1), (r, k), (-r, k), (-r, 1), (-1, 1)]}[shape], float)
+    turns = {"I": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "L": [(-1, -1), (1, -1), (1, k), (q, k), (q, 1), (-1, 1)],
+             "T": [(-1, -1), (1, -1), (1, k), (r, k), (r, 1), (-r, 1), (-r, k), (-1, k)],
+             "U": [(-1, -1), (1, -1), (1, 1), (r, 1), (r, k), (-r, k), (-r, 1), (-1, 1)]}[shape]
+    return np.stack([np.stack(np.broadcast_arrays(u, v, k)[:2], -1) for u, v in turns], -2).astype(float)
 
 # %% ../../nbs/world/40_parcels.ipynb #f0b44dcf
 COLUMNS = ("id", "parcel", "shape", "letter", "x", "y", "angle", "a", "b", "k", "q", "eave", "pitch", "hip", "roof", "storeys")
@@ -240,17 +248,16 @@ def outlines(
     q:np.ndarray,       # Arms
 )->np.ndarray:          # Polygons
     "Polygons of buildings from their numbers."
-    coords, owner = [], []
-    f = np.stack([x, y, np.cos(angle), np.sin(angle)], -1)
-    for n in range(len(x)):
-        c = corners(letter[n], k[n], q[n])
-        coords.append(to_world(c[:, 0] * a[n], c[:, 1] * b[n], f[n]))
-        owner.append(np.full(len(c), n))
-    if not coords: return np.zeros(0, object)
-    return shapely.polygons(shapely.linearrings(np.vstack(coords), indices=np.concatenate(owner)))
+    f, out = np.stack([x, y, np.cos(angle), np.sin(angle)], -1), np.empty(len(x), object)
+    for kind in "ILTU":
+        n = np.flatnonzero(letter == kind)
+        if not len(n): continue
+        turns = corners(kind, k[n], q[n])  # (N, V, 2)
+        out[n] = shapely.polygons(to_world(turns[..., 0] * a[n, None], turns[..., 1] * b[n, None], f[n, None]))
+    return out
 
 # %% ../../nbs/world/40_parcels.ipynb #51340fef
-def draw(
+def _draw(
     d:District,       # The district
     lot:Parcels,      # Lots to build on
     row:np.ndarray,   # Their rows in the district's table
@@ -273,10 +280,10 @@ def draw(
     turn = np.arctan2(lot.frame[:, 3], lot.frame[:, 2]) + np.where(face > 0, np.pi, 0) + rng.normal(0, .012, n)
     turn += np.where(rng.random(n) < fab.rebel, rng.uniform(-.5, .5, n), 0)
     x, y = to_world(mid[:, 0] + u, mid[:, 1] + v, lot.frame).T
-    return finish(d, fab, slot, lot, row, (x, y, turn, a, b), rng)
+    return _finish(d, fab, slot, lot, row, (x, y, turn, a, b), rng)
 
 # %% ../../nbs/world/40_parcels.ipynb #e28a0516
-def finish(
+def _finish(
     d:District,    # The district
     fab:Fabric,    # Its fabric
     slot:int,      # 0 for main buildings
@@ -309,7 +316,7 @@ def fit(
     shape:np.ndarray,    # The lot of each
 )->Buildings:            # Those that stand inside their lot
     "Shrink buildings into their lots; drop what does not fit."
-    inside = shapely.covers(shape, b.shape)
+    inside = shapely.contains_properly(shape, b.shape)
     for shrink in (.95, .92, .88, .85, .8):
         bad = np.flatnonzero(~inside)
         if not len(bad): break
@@ -318,7 +325,7 @@ def fit(
         b.a[bad] *= shrink
         b.b[bad] *= shrink
         b.shape[bad] = outlines(*(getattr(b, c)[bad] for c in ("letter", "x", "y", "angle", "a", "b", "k", "q")))
-        inside[bad] = shapely.covers(shape[bad], b.shape[bad])
+        inside[bad] = shapely.contains_properly(shape[bad], b.shape[bad])
     return b.take(inside & (np.minimum(b.a, b.b) > .8))
 
 def without_overlaps(
@@ -335,7 +342,7 @@ def without_overlaps(
     return b.take(keep)
 
 # %% ../../nbs/world/40_parcels.ipynb #f5329dac
-def huddle(
+def _huddle(
     d:District,      # The district
     lot:Parcels,     # Shards
     row:np.ndarray,  # Their rows in the district's table
@@ -354,8 +361,10 @@ def huddle(
     wide = size[:, 0] >= size[:, 1]
     a, b = size.max(1) / 2, size.min(1) / 2
     turn = np.arctan2(lot.frame[:, 3], lot.frame[:, 2]) + np.where(wide, 0, np.pi / 2)
-    out = finish(d, FABRICS[d.kind], 0, lot, row, (x, y, turn, a, b), rng)
-    shape = shapely.intersection(np.where(out.letter == "I", quads, out.shape), shapely.buffer(lot.shape, -.12, join_style="mitre"))
+    out = _finish(d, FABRICS[d.kind], 0, lot, row, (x, y, turn, a, b), rng)
+    shape, room = np.where(out.letter == "I", quads, out.shape), shapely.buffer(lot.shape, -.12, join_style="mitre")
+    tight = ~shapely.covers(room, shape)
+    shape[tight] = shapely.intersection(shape[tight], room[tight])
     out.shape = np.where(shapely.get_type_id(shape) == 3, shape, shapely.Polygon())
     return out.take((shapely.area(out.shape) > 6) & (size.min(1) > 1.8))
 
@@ -368,12 +377,12 @@ def buildings(
     "Build on the chosen parcels: main buildings first, then sheds."
     fab, rng = FABRICS[d.kind], rng_of(d.land.plan.seed, "buildings", d.i, d.j)
     some = lot.take(chosen)
-    if d.kind == "dense": return without_overlaps(huddle(d, some, chosen, rng))
+    if d.kind == "dense": return without_overlaps(_huddle(d, some, chosen, rng))
     stages = []
     for slot in range(4):
         want = np.ones(len(chosen), bool) if slot == 0 else rng.random(len(chosen)) < fab.sheds - (slot - 1) * .8
         rows = chosen[want]
-        stages.append(fit(draw(d, lot.take(rows), rows, slot, rng), shapely.buffer(lot.shape[rows], -.01)))
+        stages.append(fit(_draw(d, lot.take(rows), rows, slot, rng), lot.shape[rows]))
     return without_overlaps(join(stages))
 
 def built_on(

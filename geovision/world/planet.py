@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUTH', 'VECTORS', 'REACH', 'TILE', 'corner', 'World', 'margins', 'crop', 'picture', 'tone_of', 'hyperspectral',
-           'heights', 'objects', 'scene', 'pieces', 'view', 'draw', 'crown_discs', 'truth', 'landcover', 'table_of',
-           'vectors']
+           'scene', 'pieces', 'view', 'crown_discs', 'truth', 'vectors']
 
 # %% ../../nbs/world/90_planet.ipynb #8a345862
 from collections import OrderedDict
@@ -15,16 +14,16 @@ import shapely
 from pyproj import CRS, Transformer
 from ..core.errors import BadValue, unknown_name
 from .cells import LAYERS, Cell
-from .fields import day_of_year
+from .fields import Trees, day_of_year
 from .geometry import geometry, interpolated, spread_out, sunlit
 from .materials import COVERS, LANDCOVER
 from .noise import seed_of
-from .render import expose, looks, patches, radiance, sharpened, textures
-from .roads import PITCH, SPEED, Land
+from .render import Look, Texture, expose, looks, patches, radiance, sharpened, textures
+from .roads import PITCH, SPEED, Land, corridors
 from .sensors import Sensor, sensor as find_sensor, sun
 from .spectral import abundances, mixed, store
 from .terrain import Plan, relief
-from .window import Grid, Scene, burn, collect, grid_of
+from .window import Grid, Scene, burn, collect, grid_of, meets
 
 # %% ../../nbs/world/90_planet.ipynb #7deaddf5
 def corner(
@@ -141,8 +140,8 @@ def picture(
     return crop(expose(image, camera, wide, seed_of(plan.seed, "noise", camera.name, day)), m)
 
 def tone_of(
-    look,             # Objects, see `render.Look`
-    tex,              # Noise, see `render.Texture`
+    look:Look,        # Objects
+    tex:Texture,      # Noise, coarse
     ids:np.ndarray,   # Owner of each pixel, coarse
 )->np.ndarray:        # Factor on the light
     "Texture of all surfaces as one factor."
@@ -159,17 +158,19 @@ def hyperspectral(
 )->np.ndarray:       # (channels, H, W)
     "One piece of a hyperspectral picture."
     plan, where, n = world.plan, sun(world.latitude, day, camera.hour), max(2, round(grid.gsd / 2.5))
-    wide = grid.pad(*[max(3, int(np.ceil(60 / grid.gsd)))] * 4)
-    m, fine = [wide.w // 2 - grid.w // 2] * 4, wide.finer(n)
+    *m, reach = margins(where, grid.gsd / n, REACH[plan.place])
+    m = [int(np.ceil(2.5 * camera.psf) + np.ceil(side / n)) for side in m]  # coarse pixels
+    wide = grid.pad(*m)
+    fine = wide.finer(n)
     scene, tex = world.scene(fine), textures(plan, fine)
     rel = geometry(scene, plan, fine, tex.leaf, where)
-    direct, sky = sunlit(rel, interpolated(lambda x, y: relief(plan, x, y), fine), 1, fine.gsd, where, int(np.ceil(60 / fine.gsd)))
+    direct, sky = sunlit(rel, interpolated(lambda x, y: relief(plan, x, y), fine), 1, fine.gsd, where, reach)
     look = looks(scene, day)
     code, tone = patches(look, tex, rel, scene, fine, 1), tone_of(look, tex, rel.ids)
     image = mixed(camera, *(abundances(code, look, light * tone, n) for light in (direct, sky)))
     return crop(store(image, camera, wide, seed_of(plan.seed, "noise", camera.name, day)), m)
 
-def heights(
+def _heights(
     world:World,     # The world
     grid:Grid,       # Window
     surface:bool,    # With buildings and trees on the ground, or without
@@ -178,9 +179,9 @@ def heights(
     ground = relief(world.plan, grid.x, grid.y, grid.gsd)
     for k, p in ((k, p) for c in world.cells(grid.bounds) for k, _, p in c.water):
         if k != "sea": ground = ground - np.float32(1.5) * burn([p], [1], grid, "uint8")
-    return (ground + objects(world, grid) if surface else ground)[None].astype(np.float32)
+    return (ground + _objects(world, grid) if surface else ground)[None].astype(np.float32)
 
-def objects(
+def _objects(
     world:World,     # The world
     grid:Grid,       # Window
 )->np.ndarray:       # (H, W) metres above ground
@@ -233,27 +234,39 @@ def view(
     gsd = float(camera.gsd if gsd is None else gsd)
     grid = self.grid(bounds, gsd)
     image = np.empty((len(camera.bands), grid.h, grid.w), camera.dtype)
-    for rows, cols, piece in pieces(grid, TILE if camera.power > 2 else 128): image[:, rows, cols] = draw(self, camera, piece, day)
+    for rows, cols, piece in pieces(grid, TILE if camera.power > 2 else 128): image[:, rows, cols] = _draw(self, camera, piece, day)
     return dict(image=image, crs=self.crs, transform=grid.transform, bands=camera.bands, gsd=gsd, nodata=camera.nodata)
 
-def draw(
+def _draw(
     self:World,      # The world
     camera:Sensor,   # The sensor
     piece:Grid,      # A window of moderate size
     day:int,         # Day of the year
 )->np.ndarray:       # (C, H, W)
     "One piece of a view."
-    if camera.kind == "height": return heights(self, piece, camera.name == "dsm")
+    if camera.kind == "height": return _heights(self, piece, camera.name == "dsm")
     return (hyperspectral if len(camera.bands) > 16 or camera.power <= 2 else picture)(self, camera, piece, day)
 
 World.scene, World.view = scene, view
 
 # %% ../../nbs/world/90_planet.ipynb #7b0e5533
 def crown_discs(
-    s:Scene,       # A window's contents
+    wood:Trees,    # Trees
 )->np.ndarray:     # Polygons
     "Crowns as discs; in pictures their edge is ragged."
-    return shapely.buffer(shapely.points(s.wood.x, s.wood.y), s.wood.r, quad_segs=4)
+    return shapely.buffer(shapely.points(wood.x, wood.y), wood.r, quad_segs=4)
+
+def _outlines(
+    c:Cell,        # A cell
+    kind:str,      # One of `TRUTH`, but height and landcover
+)->tuple:          # Polygons and the ids of their objects
+    "One kind of thing in a cell; only what that kind needs is made."
+    if kind in ("buildings", "instances"): return c.homes.shape, c.homes.id
+    if kind == "fields": return c.crops.shape, c.crops.id
+    if kind == "trees": shapes = crown_discs(c.wood)
+    elif kind == "roads": shapes = corridors(c.own_roads)
+    else: shapes = np.array([p for _, p, _ in c.water], object)
+    return shapes, np.ones(len(shapes), int)
 
 def truth(
     self:World,        # The world
@@ -272,31 +285,29 @@ def truth(
     if kind not in TRUTH: raise unknown_name("kind of truth", kind, TRUTH)
     day_of_year(date)
     grid = self.grid(bounds, float(gsd))
-    if kind == "height": return objects(self, grid)
-    s = self.scene(grid)
-    if kind == "landcover": return landcover(s, grid)
-    if kind == "trees": return burn(crown_discs(s), np.ones(len(s.wood), int), grid, "uint8")
-    p, layer = s.paint, {"buildings": "building", "instances": "building", "roads": "road", "water": "water", "fields": "yard"}[kind]
-    some = (p.layer == LAYERS.index(layer)) & (np.isfinite(p.angle) | (kind != "fields"))
-    if kind == "instances": return burn(p.shape[some], s.homes.id[p.row[some]], grid)
-    if kind == "fields": return burn(p.shape[some], s.crops.id[p.row[some]], grid)
-    return burn(p.shape[some], np.ones(some.sum(), int), grid, "uint8")
+    if kind == "height": return _objects(self, grid)
+    if kind == "landcover": return _landcover(self.scene(grid), grid)
+    parts = [_outlines(c, kind) for c in self.cells(grid.bounds)]
+    shapes, ids = (np.concatenate([p[k] for p in parts]) for k in (0, 1))
+    near = meets(shapely.bounds(shapes).reshape(-1, 4), grid.bounds)
+    if kind in ("instances", "fields"): return burn(shapes[near], ids[near], grid)
+    return burn(shapes[near], np.ones(near.sum(), int), grid, "uint8")
 
-def landcover(
+def _landcover(
     s:Scene,      # A window's contents
     grid:Grid,    # The window
 )->np.ndarray:    # (H, W) uint8, numbers in `LANDCOVER`
     "The map of surfaces: ground first, then crowns, then roofs."
     land = np.array([LANDCOVER.index(c.land) for c in COVERS.values()])[s.paint.cover]
     roof = s.paint.layer == LAYERS.index("building")
-    shapes = np.concatenate([s.paint.shape[~roof], crown_discs(s), s.paint.shape[roof]])
+    shapes = np.concatenate([s.paint.shape[~roof], crown_discs(s.wood), s.paint.shape[roof]])
     values = np.concatenate([land[~roof], np.full(len(s.wood), LANDCOVER.index("tree")), land[roof]]) + 1
     return burn(shapes, values, grid, "uint8") - 1
 
 World.truth = truth
 
 # %% ../../nbs/world/90_planet.ipynb #4d72c6b4
-def table_of(
+def _table_of(
     c:Cell,       # A cell
     kind:str,     # One of `VECTORS`
 )->dict:          # Columns, geometry included, in metres on the land
@@ -309,9 +320,9 @@ def table_of(
         return dict(id=lot.id, block=lot.block, fabric=np.full(len(lot), c.kind), area=shapely.area(lot.shape), geometry=lot.shape)
     if kind == "fields":
         return dict(id=f.id, crop=f.crop, rows=np.degrees(f.angle), start=f.start.round(), end=f.end.round(), geometry=f.shape)
-    if kind == "trees": return dict(radius=t.r, height=t.h, geometry=shapely.buffer(shapely.points(t.x, t.y), t.r, quad_segs=4))
+    if kind == "trees": return dict(radius=t.r, height=t.h, geometry=crown_discs(t))
     if kind == "water": return {"kind": [k for k, _, _ in c.water], "geometry": np.array([p for _, p, _ in c.water], object)}
-    roads = [(s.id, s.kind, s.width, SPEED[s.kind], s.surface, s.start, s.end, shapely.LineString(s.line)) for s in c.own_roads]
+    roads = [(s.id, s.kind, s.width, SPEED[s.kind], s.surface, s.start, s.end, s.axis) for s in c.own_roads]
     names = ("id", "class", "width", "speed", "surface", "from_node", "to_node", "geometry")
     return {n: np.array([r[k] for r in roads], object if n in ("class", "surface", "geometry") else None) for k, n in enumerate(names)}
 
@@ -333,7 +344,7 @@ def vectors(
     if kind not in VECTORS: raise unknown_name("kind of vectors", kind, VECTORS)
     day_of_year(date)
     box = self.grid(bounds, 1.).bounds
-    parts = [pd.DataFrame(table_of(c, kind)) for c in self.cells((box[0] - 15, box[1] - 15, box[2] + 15, box[3] + 15))]
+    parts = [pd.DataFrame(_table_of(c, kind)) for c in self.cells((box[0] - 15, box[1] - 15, box[2] + 15, box[3] + 15))]
     table = pd.concat(parts, ignore_index=True)
     shape = np.asarray(table["geometry"].to_numpy(), object)
     near = shapely.intersects(shape, shapely.box(*box)) if len(shape) else np.zeros(0, bool)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PITCH', 'SHARES', 'BELTS', 'STYLES', 'WIDTH', 'SPEED', 'Land', 'density', 'district_kind', 'Style', 'code', 'node',
            'edge_line', 'edge_class', 'sides', 'District', 'along', 'coons', 'stations', 'node_id', 'spanning',
-           'Street', 'pieces', 'open_nodes', 'streets', 'main_roads', 'surface_of', 'corridor', 'blocks']
+           'Street', 'grid_pieces', 'open_nodes', 'streets', 'main_roads', 'axes_of', 'corridors', 'blocks']
 
 # %% ../../nbs/world/30_roads.ipynb #27ca5df3
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 import numpy as np
 import shapely
 from .noise import noise_at, rng_of, seed_of
@@ -25,6 +25,18 @@ class Land:
 
     @cached_property
     def water(self)->list: return water_bodies(self.plan)
+
+    @cached_property
+    def kept(self)->dict: return {}
+
+    def once(
+        self,
+        make,              # A function of the land and the arguments
+        *args,             # Hashable
+    ):                     # What it returned the first time
+        "Ask once, remember for as long as the land lives."
+        if (make, *args) not in self.kept: self.kept[make, *args] = make(self, *args)
+        return self.kept[make, *args]
 
     @cached_property
     def tree(self)->shapely.STRtree: return shapely.STRtree([p for _, p in self.water])
@@ -64,6 +76,7 @@ def density(
     bumps = noise_at(np.array([x]), np.array([y]), 1500., seed_of(plan.seed, "density"))[0]
     return float(1.0 - r + 0.3 * bumps)
 
+@lru_cache(4096)
 def district_kind(
     plan:Plan,  # The plan
     i:int,      # Column of the district
@@ -115,6 +128,7 @@ def node(
     shake = rng_of(plan.seed, "node", i, j).uniform(-.2, .2, 2)
     return (np.array([i, j]) + shake) * PITCH
 
+@lru_cache(4096)
 def edge_line(
     plan:Plan,  # The plan
     axis:str,   # "h": from node (i, j) to (i + 1, j); "v": to (i, j + 1)
@@ -127,7 +141,9 @@ def edge_line(
     line = a + t * (b - a)
     off = noise_at(line[:, 0], line[:, 1], 170., seed_of(plan.seed, "bend", axis)) * np.sin(np.pi * t[:, 0]) * 26
     across = np.array([a[1] - b[1], b[0] - a[0]]) / np.hypot(*(b - a))
-    return line + off[:, None] * across
+    line = line + off[:, None] * across
+    line.flags.writeable = False
+    return line
 
 # %% ../../nbs/world/30_roads.ipynb #c1a376e1
 WIDTH = {"primary": 12., "secondary": 8.4, "residential": 6., "track": 3.4}  # carriageway, metres
@@ -140,6 +156,9 @@ def edge_class(
     j:int,      # Row
 )->str:         # primary, secondary, residential, track, or "" where no road runs
     "What a main road is."
+    return land.once(_edge_class, axis, i, j)
+
+def _edge_class(land, axis, i, j):
     plan, line = land.plan, (j if axis == "h" else i)
     if land.in_water(shapely.LineString(edge_line(plan, axis, i, j)))[0]: return ""
     rural = all(STYLES[district_kind(plan, *c)].rural for c in sides(axis, i, j))
@@ -205,6 +224,7 @@ def coons(
     return out + calm * np.stack([noise_at(out[:, 0], out[:, 1], 150., k) for k in seeds], -1)
 
 # %% ../../nbs/world/30_roads.ipynb #4eaa6909
+@lru_cache(4096)
 def stations(
     plan:Plan,  # The plan
     i:int,      # Column of a district
@@ -263,20 +283,21 @@ class Street:
     verge:float       # Pavement or verge on each side, metres
     surface:str       # asphalt, worn, dirt, track
 
-def pieces(
+    @cached_property
+    def axis(self)->shapely.LineString: return shapely.LineString(self.line)
+
+def grid_pieces(
     d:District,  # The district
-)->list:         # (from, to, line, touches the edge) of every possible piece of street
+)->list:         # (from, to, line of 9 points) of every possible piece of street
     "All pieces of a district's grid, edges of the district left out."
     u, v = stations(d.land.plan, d.i, d.j)
-    n, m, out, t = len(u) - 1, len(v) - 1, [], np.linspace(0, 1, 9)
-    name = lambda a, b: node_id(d, a, b, n, m)
-    for a in range(1, n):
-        for b in range(m):
-            out.append((name(a, b), name(a, b + 1), coons(d, np.full(9, u[a]), v[b] + t * (v[b + 1] - v[b]))))
-    for b in range(1, m):
-        for a in range(n):
-            out.append((name(a, b), name(a + 1, b), coons(d, u[a] + t * (u[a + 1] - u[a]), np.full(9, v[b]))))
-    return out
+    n, m, t = len(u) - 1, len(v) - 1, np.linspace(0, 1, 9)
+    north = [(a, b, a, b + 1) for a in range(1, n) for b in range(m)]
+    east = [(a, b, a + 1, b) for b in range(1, m) for a in range(n)]
+    if not north + east: return []
+    a, b, c, e = np.array(north + east).T[..., None]                   # crossings at both ends, one column each
+    lines = coons(d, (u[a] + t * (u[c] - u[a])).ravel(), (v[b] + t * (v[e] - v[b])).ravel()).reshape(-1, 9, 2)
+    return [(node_id(d, *p[:2], n, m), node_id(d, *p[2:], n, m), line) for p, line in zip(north + east, lines)]
 
 # %% ../../nbs/world/30_roads.ipynb #1824a1ef
 def open_nodes(
@@ -285,12 +306,9 @@ def open_nodes(
     "Where a district's streets can join the main roads."
     u, v = stations(d.land.plan, d.i, d.j)
     n, m, (i, j) = len(u) - 1, len(v) - 1, (d.i, d.j)
-    runs = lambda *edge: edge_class(d.land, *edge) != ""
-    south = [node_id(d, a, 0, n, m) for a in range(1, n) if runs("h", i, j)]
-    north = [node_id(d, a, m, n, m) for a in range(1, n) if runs("h", i, j + 1)]
-    west = [node_id(d, 0, b, n, m) for b in range(1, m) if runs("v", i, j)]
-    east = [node_id(d, n, b, n, m) for b in range(1, m) if runs("v", i + 1, j)]
-    return set(south + north + west + east)
+    ends = {("h", i, j): [(a, 0) for a in range(1, n)], ("h", i, j + 1): [(a, m) for a in range(1, n)],
+            ("v", i, j): [(0, b) for b in range(1, m)], ("v", i + 1, j): [(n, b) for b in range(1, m)]}
+    return {node_id(d, a, b, n, m) for edge, at in ends.items() if edge_class(d.land, *edge) for a, b in at}
 
 def streets(
     d:District,  # The district
@@ -298,7 +316,7 @@ def streets(
     "The streets inside a district, connected among themselves and with its main roads."
     style, rng, rooted = d.style, rng_of(d.land.plan.seed, "streets", d.i, d.j), open_nodes(d)
     inner = range(code(d.i, d.j) * 1024 + 32, code(d.i, d.j) * 1024 + 512)
-    todo = [p for p in pieces(d) if all(k in rooted or k in inner for k in p[:2])]
+    todo = [p for p in grid_pieces(d) if all(k in rooted or k in inner for k in p[:2])]
     if not todo: return []
     wet = d.land.in_water([shapely.LineString(p[2]) for p in todo])
     todo = [p for p, w in zip(todo, wet) if not w]
@@ -314,6 +332,9 @@ def main_roads(
     j:int,      # Row
 )->list:        # Of `Street`: the pieces of its southern and western edge
     "Main roads owned by a district."
+    return land.once(_main_roads, i, j)
+
+def _main_roads(land, i, j):
     out = []
     for axis, base in (("h", 512), ("v", 768)):
         kind = edge_class(land, axis, i, j)
@@ -323,13 +344,13 @@ def main_roads(
             fractions = stations(land.plan, *cell)[axis == "v"]
             cuts += [(f, code(i, j) * 1024 + base + 32 * side + k) for k, f in enumerate(fractions) if 0 < f < 1]
         cuts = sorted(cuts) + [(1., code(i + (axis == "h"), j + (axis == "v")) * 1024)]
-        surface = surface_of(land, kind, axis, i, j)
+        surface = _surface_of(land, kind, axis, i, j)
         for k, ((f, start), (g, end)) in enumerate(zip(cuts[:-1], cuts[1:])):
             t = np.r_[f, [s for s in np.linspace(0, 1, 13) if f < s < g], g]
             out.append(Street(code(i, j) * 1024 + base + k, along(line, t), start, end, kind, WIDTH[kind], 2.6, surface))
     return out
 
-def surface_of(
+def _surface_of(
     land:Land,  # The land
     kind:str,   # Class of the road
     axis:str,   # "h" or "v"
@@ -342,19 +363,25 @@ def surface_of(
     return next(s for s in ("asphalt", "worn", "dirt", "track") if s in kinds)
 
 # %% ../../nbs/world/30_roads.ipynb #5dd1ffbe
-def corridor(
-    road:Street,        # A piece of road
-    extra:float=0.,     # Metres to add on each side
-)->shapely.Polygon:
-    "The ground a road takes."
-    return shapely.LineString(road.line).buffer(road.width / 2 + extra, quad_segs=4)
+def axes_of(
+    roads:list,     # Of `Street`
+)->np.ndarray:      # Their lines
+    "Roads as lines."
+    return np.array([s.axis for s in roads], object)
+
+def corridors(
+    roads:list,     # Of `Street`
+    extra=0.,       # Metres to add on each side; one number, or one per road
+)->np.ndarray:      # Polygons
+    "The ground that roads take."
+    return shapely.buffer(axes_of(roads), np.array([s.width / 2 for s in roads]) + extra, quad_segs=4)
 
 def blocks(
     d:District,  # The district
     roads:list,  # Every street that may touch it, main roads included
 )->list:         # Polygons, slivers left out
     "The ground between the streets."
-    taken = [corridor(s, s.verge) for s in roads]
+    taken = [*corridors(roads, [s.verge for s in roads])]
     taken += [d.land.water[k][1].buffer(6, quad_segs=2) for k in d.land.tree.query(d.outline)]
     free = d.outline.difference(shapely.union_all(taken)) if taken else d.outline
-    return [p for p in shapely.get_parts(free) if p.area > 150 and p.geom_type == "Polygon"]
+    return [p for p in shapely.get_parts(shapely.simplify(free, .08)) if p.area > 150 and p.geom_type == "Polygon"]

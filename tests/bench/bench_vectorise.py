@@ -1,7 +1,8 @@
 """B5, polygons of a mask with ten thousand buildings: `python tests/bench/bench_vectorise.py FOLDER [--runs 5]`.
 
-Ours reads the file in bands of rows (which cut buildings) and writes polygons as it goes. The peer is `rasterio.features.shapes` on the whole array,
-whose GeoJSON becomes shapely geometry, the least one can do with it. The limit is naming the connected components, without any outline.
+Ours reads the file in bands of rows (which cut buildings) and writes polygons as it goes. The peer is `rasterio.features.shapes`
+on the whole array, whose GeoJSON becomes shapely geometry, the least one can do with it. The limit is naming the connected components,
+without any outline.
 """
 import argparse
 import sys
@@ -50,10 +51,12 @@ def main(folder, runs):
     rows = {job: fresh(__file__, folder, "--job", job, "--mask", mask, "--out", out, runs=runs) for job in JOBS}
     show("B5  4096 x 4096, about 10,000 buildings", rows, (4096**2/1e6, "MPix/s"))
     ours, peer = rows["ours-strips"], rows["peer-shapely"]
-    print(f"  polygons {ours['found'][0]} (peer {peer['found'][0]}): {ours['found'][0] - peer['found'][0]} cut; area difference {ours['found'][1] - peer['found'][1]:g} pixels")
+    (n, area), (n_peer, area_peer) = ours["found"], peer["found"]
+    print(f"  polygons {n} (peer {n_peer}): {n - n_peer} cut; area difference {area - area_peer:g} pixels")
     for name, other in (("peer (shapes + shapely)", peer), ("shapes alone", rows["peer-shapes"]), ("limit (components)", rows["limit"])):
-        print(f"  ours / {name}: {rows['ours-table']['seconds']/other['seconds']:.2f} whole, {ours['seconds']/other['seconds']:.2f} in strips of 500 rows")
-    rows = {"ours-gpkg 4096": rows["ours-gpkg"], "ours-gpkg 16384": fresh(__file__, folder, "--job", "ours-gpkg", "--mask", large, "--out", out)}
+        whole, strips = (r["seconds"]/other["seconds"] for r in (rows["ours-table"], ours))
+        print(f"  ours / {name}: {whole:.2f} from the file, {strips:.2f} in strips of 500 rows")
+    rows = {"4096 x 4096": rows["ours-gpkg"], "16384 x 16384": fresh(__file__, folder, "--job", "ours-gpkg", "--mask", large, "--out", out)}
     show("    memory, to a GeoPackage", rows)
 
 

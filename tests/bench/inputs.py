@@ -80,4 +80,5 @@ def small_tiles(folder, count=2000):
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     for made in (scene(where, 4096), scene(where, 8192), mask(where, 4096), mask(where, 16384), small_tiles(where)):
-        print(made, info(made).shape if made.is_file() else f"{len(list(made.iterdir()))} files", f"{read(made, Box(0, 0, 64, 64)).mean():.2f}" if made.is_file() else "")
+        if made.is_dir(): print(made, f"{len(list(made.iterdir()))} files")
+        else: print(made, info(made).shape, f"mean of the first corner {read(made, Box(0, 0, 64, 64)).mean():.2f}")

@@ -41,6 +41,9 @@ def show(title, rows, per=None):
     "Print a table: name -> what `fresh` found; `per` turns seconds into a rate."
     print(f"\n{title}")
     for name, found in rows.items():
-        if "error" in found: print(f"  {name:34} failed: {found['error'].strip().splitlines()[-1][:120] if found['error'].strip() else '?'}"); continue
+        if "error" in found:
+            print(f"  {name:34} failed: {(found['error'].strip().splitlines() or ['?'])[-1][:120]}")
+            continue
         rate = f"{per[0]/found['seconds']:8.2f} {per[1]}" if per else ""
-        print(f"  {name:34} {found['seconds']:7.2f} s ({found['low']:.2f}-{found['high']:.2f}) {rate}  peak +{found['peak']:.0f} MB over {found['before']:.0f}")
+        memory = f"peak +{found['peak']:.0f} MB over {found['before']:.0f}"
+        print(f"  {name:34} {found['seconds']:7.2f} s ({found['low']:.2f}-{found['high']:.2f}) {rate}  {memory}")
