@@ -78,7 +78,8 @@ def test_streaming_equals_the_textbook_sum(grid, blend, seed):
         weight = WINDOWS[blend](t.read.h)[:, None]*WINDOWS[blend](t.read.w)
         top[:, *t.read.slices()] += weight*p
         bottom[t.read.slices()] += weight
-    np.testing.assert_allclose(mosaic(grid, preds, 3, blend), top/bottom, atol=2e-3)     # shares are rounded to 1/4096
+    layers = -(-grid.tile//(grid.tile - 2*grid.margin))                                  # tiles over a pixel, along one axis
+    np.testing.assert_allclose(mosaic(grid, preds, 3, blend), top/bottom, atol=2*layers/4096)    # shares are rounded to 1/4096
 
 
 def test_a_blender_holds_one_row_of_tiles_and_hands_out_every_row_once():

@@ -16,7 +16,7 @@ from geovision.core.errors import BadFile, BadValue, DataError, GeoVisionError, 
 from geovision.models.losses import ce, ce_dice, dice, focal
 from geovision.train.config import load_config
 from geovision.train.fit import evaluate, fit
-from geovision.train.job import Generated
+from geovision.train.generated import Generated
 from geovision.train.metrics import Calibration, Confusion
 from geovision.train.run import Run
 from geovision.train.tally import Owner
@@ -30,7 +30,7 @@ KILLER = textwrap.dedent("""
     import json, os, signal, sys
     import torch; torch.set_num_threads(1)
     from geovision.train import fit
-    from geovision.train.job import Generated
+    from geovision.train.generated import Generated
     where, after = sys.argv[3], int(sys.argv[4])
     def deadly(original, calls=[0]):
         def call(*args, **words):

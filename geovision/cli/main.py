@@ -6,8 +6,7 @@
 __all__ = ['app', 'Root', 'Name', 'Variant', 'Workers', 'Scheduler', 'By', 'Where', 'options', 'main', 'datasets', 'replica',
            'check', 'index', 'stats', 'Mode', 'run', 'Output', 'predict', 'demo', 'doctor', 'lab']
 
-# %% ../../nbs/cli/90_main.ipynb #1eee6c28
-import os
+# %% ../../nbs/cli/90_main.ipynb #6e51c9f2
 import sys
 from collections.abc import Sequence
 from enum import StrEnum

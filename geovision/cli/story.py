@@ -58,16 +58,18 @@ class Findings:
         "The best of the trivial answers there."
         return float(self.scores.iloc[1:, -1].max())
 
-# %% ../../nbs/cli/50_story.ipynb #72feefe2
+# %% ../../nbs/cli/50_story.ipynb #2fd56dac
 def opening(
     f:Findings,
 )->Report:
     "Title, what this is, and the few numbers that matter."
+    facts = f.facts
     made = "a *generated* world: every picture on this page was drawn by a program, none shows a real place" if f.generated else "your own images"
-    lead = f"One command, `geovision demo`, made this page in {f.facts['seconds']:.0f} seconds on {f.facts['cores']} cores, from {made}. A small network learned to find buildings and was judged on ground it had never seen."
-    page = Report(f.title, lead, footer=f"Made by geovision {f.facts.get('version', '')}, seed {f.facts['seed']}. The numbers of this page are in metrics.json.")
-    page.facts({"IoU of buildings on unseen ground": f"{f.score:.3f}", "the best trivial answer there": f"{f.trivial:.3f}", "buildings on the map": f.facts["buildings mapped"],
-                "seconds of training": f"{f.facts['training seconds']:.0f}"})
+    lead = (f"One command, `geovision demo`, made this page in {facts['seconds']:.0f} seconds on {facts['cores']} cores, from {made}. "
+            "A small network learned to find buildings and was judged on ground it had never seen.")
+    page = Report(f.title, lead, footer=f"Made by geovision {facts.get('version', '')}, seed {facts['seed']}. The numbers of this page are in metrics.json.")
+    page.facts({"IoU of buildings on unseen ground": f"{f.score:.3f}", "the best trivial answer there": f"{f.trivial:.3f}",
+                "buildings on the map": facts["buildings mapped"], "seconds of training": f"{facts['training seconds']:.0f}"})
     for note in f.notes: page.note(note)
     return page
 
@@ -82,19 +84,19 @@ def looking(
     page.section("What there is to learn from", f"{number(f.facts['training samples'])} labelled images for training. Pixels with a label are tinted.")
     page.picture(f.pictures["samples"], "Labels over images, a few samples of all.")
     if "where" in f.pictures: page.picture(f.pictures["where"], "Where the samples lie. Blue is training; scores come from other ground.")
-    shared = "No ground is shared between the splits." if not len(f.leaks) else (f"The leak check found {number(len(f.leaks))} pairs of images in different splits that show the same ground; "
-                                                                                   f"{number(f.facts['dropped for leaks'])} images were left out of the score for it.")
-    return page.text(shared)
+    if not len(f.leaks): return page.text("The leak check found no ground that two splits share.")
+    return page.text(f"The leak check found {number(len(f.leaks))} pairs of images in different splits that show the same ground. "
+                     f"For that, {number(f.facts['dropped for leaks'])} images were left out of the score.")
 
-# %% ../../nbs/cli/50_story.ipynb #ffd49380
+# %% ../../nbs/cli/50_story.ipynb #e44938ad
 def learning(
     page:Report,
     f:Findings,
 )->Report:
     "How the network learned."
     facts = f.facts
-    words = (f"A U-Net on `{facts['encoder']}` with {number(facts['parameters'])} parameters saw {number(facts['steps']*facts['window batch'])} windows of {facts['window']} pixels, flipped, turned and lit anew each time, "
-             f"in {number(facts['steps'])} steps and {facts['training seconds']:.0f} seconds. ")
+    words = (f"A U-Net on `{facts['encoder']}` with {number(facts['parameters'])} parameters saw {number(facts['steps']*facts['window batch'])} windows "
+             f"of {facts['window']} pixels, flipped, turned and lit anew each time, in {number(facts['steps'])} steps and {facts['training seconds']:.0f} seconds. ")
     chosen = {"validation": "The validation split chose the epoch whose averaged weights are used; it is not part of the score above.",
               "last": "No validation was held back: the averaged weights of the last step are used, and the judged ground had no say in training."}
     page.section("Learning", words + chosen[facts["chosen by"]])
@@ -110,19 +112,21 @@ def mapping(
     page.section("The map", "The whole scene, predicted in overlapping tiles that are blended into one another: `prediction.tif`.")
     page.picture(f.pictures["map"], "What the network calls a building, over the image.")
     page.picture(f.pictures["errors"], "The same map beside the truth: found, missed, invented.")
-    page.section("Polygons", f"{number(facts['buildings mapped'])} polygons in `buildings.gpkg`, each with its area on the ground; the truth has {number(facts['true buildings'])}.")
+    page.section("Polygons", f"{number(facts['buildings mapped'])} polygons in `buildings.gpkg`, each with its area on the ground.")
     page.picture(f.pictures["polygons"], "A part of the scene: outlines of the truth and of the map. Buildings that touch become one polygon.")
-    rows = [{"": "map", "polygons": facts["buildings mapped"], "roof area, m²": facts["roof area mapped, m²"]}, {"": "truth", "polygons": facts["true buildings"], "roof area, m²": facts["true roof area, m²"]}]
-    return page.table(rows)
+    return page.table([{"": "the map", "polygons": facts["buildings mapped"], "roof area, m²": round(facts["roof area mapped, m²"])},
+                       {"": "the truth", "polygons": facts["true buildings"], "roof area, m²": round(facts["true roof area, m²"])}])
 
-# %% ../../nbs/cli/50_story.ipynb #d260d646
+# %% ../../nbs/cli/50_story.ipynb #0cae0d86
 def scoring(
     page:Report,
     f:Findings,
 )->Report:
     "The table of scores, the model's row stressed."
     page.section("Scores", "IoU of buildings: the ground that map and truth share, over the ground that either covers. All pixels of a place are counted together.")
-    return page.table(f.scores, "The trivial answers look at nothing (a building everywhere) or at brightness alone (the threshold was chosen on training ground). A model has learned as much as it is above them.", mark=0)
+    words = ("The trivial answers look at nothing (a building everywhere) or at brightness alone (the threshold was chosen on training ground). "
+             "What a network has learned is what it scores above them.")
+    return page.table(f.scores, words, mark=0)
 
 
 def explaining(
@@ -131,9 +135,12 @@ def explaining(
 )->Report:
     "Two reasons, how long it took, and what is in the folder."
     if "reasons" in f.pictures:
-        page.section("Why it says so", "One window that went well and one that did not. The question put to the network: why is there more *building* than *background* where you say building?")
-        page.picture(f.pictures["reasons"], f"Yellow outlines: the truth. Grad-CAM: where the features speak for building. Integrated Gradients, {f.facts['IG steps']} steps from a picture of the mean colour: blue pixels speak for it, "
-                                             f"red ones against; they add up to the change of the score but for {abs(f.facts['IG gap'])/max(abs(f.facts['IG change']), 1e-9):.1%}.")
+        page.section("Why it says so", "One window that went well and one that did not. The question put to the network: "
+                     "why is there more *building* than *background* where you say building?")
+        gap = abs(f.facts["IG gap"])/max(abs(f.facts["IG change"]), 1e-9)
+        page.picture(f.pictures["reasons"], "Yellow outlines: the truth. Grad-CAM: where the features speak for building. "
+                     f"Integrated Gradients, {f.facts['IG steps']} steps from a picture of the mean colour: blue pixels speak for it, red ones against; "
+                     f"they add up to the change of the score but for {gap:.1%}.")
     page.section("What was done")
     return page.table([{"stage": n, "seconds": round(s, 1), "": d} for n, s, d in f.stages], f"Measured with {f.facts['cores']} cores, everything included but starting Python.")
 

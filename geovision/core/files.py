@@ -56,7 +56,7 @@ def whole(
     except OSError as e: raise explain(path, e) from e
     finally:
         if aside.is_dir(): shutil.rmtree(aside, ignore_errors=True)
-        else: aside.unlink(missing_ok=True)
+        elif aside.exists(): aside.unlink()
 
 
 def flush(

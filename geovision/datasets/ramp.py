@@ -41,8 +41,9 @@ def draw(
     for region, (place, crs) in REGIONS.items():
         world = r.world(place, crs, region)
         r.text(f"ramp_{region}/README.md", "A region of a replica: see REPLICA.txt\n")
+        rng = r.rng(region)
         for i in range(6):
-            stem = STEM if (region, i) == ("mzuzu_malawi", 5) else "-".join(r.rng(region, i).bytes(k).hex() for k in (4, 2, 2, 2, 6))
+            stem = STEM if (region, i) == ("mzuzu_malawi", 5) else "-".join(rng.bytes(k).hex() for k in (4, 2, 2, 2, 6))
             _chip(r, world, region, i, stem)
 
 

@@ -58,6 +58,7 @@ class Replica:
     size:int                 # Pixels of a full-sized scene
     card:Card                # Whose miniature
     worlds:dict[tuple, World]=field(default_factory=dict)
+    homes:dict[int, tuple]=field(default_factory=dict)     # Where each world's scenes begin
 
     def rng(self, *keys)->np.random.Generator: return generator(self.seed, self.card.name, *keys)
 
@@ -70,8 +71,8 @@ class Replica:
     def spot(self, world:World, n:int, side_m:float)->tuple[float, float, float, float]:
         "The n-th square of ground around the middle of the nearest settlement, on whole multiples of its side."
         x0, y0, x1, y1 = world.bounds
-        col, row = spiral(n)
-        x, y = (np.floor(middle/side_m)*side_m + k*side_m for middle, k in zip(settlement(world), (col, row)))
+        if id(world) not in self.homes: self.homes[id(world)] = settlement(world)
+        x, y = (np.floor(middle/side_m)*side_m + k*side_m for middle, k in zip(self.homes[id(world)], spiral(n)))
         if not (x0 <= x and x + side_m <= x1 and y0 <= y and y + side_m <= y1): raise BadValue(f"square {n} of {side_m:g} m leaves the world", fix="choose a smaller size")
         return x, y, x + side_m, y + side_m
 

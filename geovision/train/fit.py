@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'open_folder', 'first_difference', 'write_folder', 'columns_of', 'Training', 'steps_per_epoch', 'begin',
-           'training_batches', 'one_epoch', 'judge_on', 'run_epochs', 'brief', 'after_step', 'check_loss', 'keep_best',
-           'fit', 'same_samples', 'evaluate', 'judging']
+           'training_batches', 'one_epoch', 'judge_on', 'brief', 'check_loss', 'keep_best', 'fit', 'evaluate']
 
 # %% ../../nbs/train/65_fit.ipynb #2f3e7e33
 import shutil
@@ -192,7 +191,7 @@ def judge_on(
     return {f"{name}/loss": loss} | {f"{name}/{metric}/{label}": value for (metric, label), value in tally.scores().items()}
 
 # %% ../../nbs/train/65_fit.ipynb #589aa589
-def run_epochs(
+def _run_epochs(
     run:Training,      # Where to start
     folder:Path,       # Of the run
 )->None:
@@ -202,7 +201,7 @@ def run_epochs(
         bar.update(run.steps)
         while run.epoch < job.config.optimise.epochs:
             bar.set_description(f"epoch {run.epoch + 1}/{job.config.optimise.epochs}")
-            row = one_epoch(run, after_step(run, log, bar))
+            row = one_epoch(run, _after_step(run, log, bar))
             log.row("epochs", **row)
             run.rows["epochs"] += 1
             keep_best(run, row, folder/"checkpoints")
@@ -215,7 +214,7 @@ def brief(row:Mapping[str, float])->str:
     return ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k.count("/") < 2 or k.endswith(("/mean", "/all")))
 
 
-def after_step(run:Training, log:Log, bar)->Callable:
+def _after_step(run:Training, log:Log, bar)->Callable:
     "What happens after every step: average, check, log."
     start, words = time.perf_counter(), run.job.config.log
 
@@ -285,17 +284,17 @@ def fit(
     folder = Path(root)/config.name
     going_on = open_folder(folder, config, resume) if not reset else open_folder(folder, config, reset=True)
     job = prepare(config, dataset, model, loss, device)
-    if going_on: same_samples(Run(folder), job)
+    if going_on: _same_samples(Run(folder), job)
     else: write_folder(folder, job)
     with text_log(folder/"log.txt"):
-        try: run_epochs(begin(job, folder), folder)
+        try: _run_epochs(begin(job, folder), folder)
         except KeyboardInterrupt:
             logger.info("stopped by hand; go on with resume=True")
             raise
     return Run(folder)
 
 
-def same_samples(
+def _same_samples(
     run:Run,    # What was trained
     job:Job,    # What is asked for now
 )->None:
@@ -327,7 +326,7 @@ def evaluate(
     at = np.flatnonzero(ds.index["id"].isin(wanted) & (ds.index["split"] == split))
     if len(at) < len(wanted): raise DataError(f"{len(wanted) - len(at)} of {len(wanted)} samples of {split} are gone",
                             fix="bring the data back")
-    job = judging(run, metrics, device)
+    job = _judging(run, metrics, device)
     net = run.model(model, which).to(job.device)
     net = AllSides(net) if all_sides and run.info.kind != "regression" else net
     scores = judge_on(job, ds.take(at), net, split)
@@ -335,7 +334,7 @@ def evaluate(
     return pd.DataFrame(rows, columns=["split", "metric", "class", "value"])
 
 
-def judging(
+def _judging(
     run:Run,                             # A trained run
     metrics:Iterable[str]|None=None,     # Those of the run when None
     device:str|None=None,                # The best there is when None

@@ -24,6 +24,8 @@ from ..core.seeds import seed_everything
 from ..data.bands import Band
 from ..data.batch import collate
 from ..data.card import Task
+from ..data.opening import from_files
+from ..data.opening import open as open_data
 from ..models.build import Model, build, check_options, option_names
 from .augment import Augmenter, augmenter
 from .config import Config, Data
@@ -93,13 +95,12 @@ def find_dataset(
 ):                  # A dataset
     "The dataset of a run."
     if dataset is not None: return dataset
-    import geovision
     if data.from_files is not None:
         words = {k: v for k, v in data.from_files.model_dump().items() if v is not None}
-        return geovision.from_files(words.pop("images"), **words)
+        return from_files(words.pop("images"), **words)
     if data.dataset is None: raise BadValue("the config names no data", why="it has neither data.dataset nor data.from_files",
                             fix="name one, or pass dataset= to fit")
-    return geovision.open(data.dataset, root=data.root, task=data.task, variant=data.variant)
+    return open_data(data.dataset, root=data.root, task=data.task, variant=data.variant)
 
 
 def choose(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'provenance', 'git_commit', 'save_checkpoint', 'save_weights', 'load_state', 'load_into', 'Info', 'Run',
-           'wrapped', 'tidy']
+           'weights', 'model', 'ids', 'wrapped', 'tidy']
 
 # %% ../../nbs/train/30_run.ipynb #b64c9f9b
 import platform
@@ -24,6 +24,7 @@ from ..core.errors import BadFile, GeoVisionError, NotFound
 from ..core.files import inside, read_json, whole
 from ..core.seeds import hash64
 from ..data.bands import Band
+from ..data.dataset import extends
 from ..models.build import Model, build
 from ..models.normalise import Normalise
 from .config import Config, load_config
@@ -188,37 +189,53 @@ class Run:
         "Finished epochs."
         return int(self.metrics.epoch.max()) if len(self.metrics) else 0
 
-    def ids(self, split:str)->list[str]:
-        "Which samples were in a split."
-        table = self.splits
-        found = table.loc[table["split"] == split, "id"].tolist()
-        if not found: raise NotFound(f"the run {self.path.name} has no split {split!r}",
-                                why=f"it has {', '.join(sorted(table['split'].unique()))}")
-        return found
-
-    def weights(self, which:str="best")->Path:
-        "The file with the weights: `best`, or `last`."
-        folder = self.path/"checkpoints"
-        if which == "best" and (folder/"best.safetensors").exists(): return folder/"best.safetensors"
-        state = load_state(folder)
-        if state is None: raise NotFound(f"the run {self.path.name} has no weights yet",
-                                fix="wait for its first epoch, or train it with resume=True")
-        return inside(folder, state["weights"])
-
-    def model(self, module:nn.Module|None=None, which:str="best")->nn.Module:
-        "The trained model in evaluation mode; it takes raw pixels of `bands` and pads to its stride by itself."
-        if module is None and self.info.build is None:
-            raise GeoVisionError(f"the run {self.path.name} cannot build its network", why="it was passed to fit as an object",
-                                 fix="pass it again: run.model(module=...)")
-        model = _rebuild(self.info) if module is None else wrapped(module, self.info)
-        return load_into(model, self.weights(which)).eval()
-
     def __repr__(self)->str: return f"Run({str(self.path)!r}: {self.info.kind}, {len(self.classes)} classes, {self.epochs} epochs)"
 
 
 def _read_info(path:Path)->Info:
     try: return Info.from_json(read_json(path))
     except (KeyError, TypeError) as e: raise BadFile(f"{path} does not describe a model", why=f"it lacks or misnames {e}") from None
+
+# %% ../../nbs/train/30_run.ipynb #180d2ce9
+@extends(Run)
+def weights(
+    self:Run,            # The run
+    which:str="best",    # best or last
+)->Path:                 # A .safetensors file
+    "The file with the weights; where no best was kept it is the last."
+    folder = self.path/"checkpoints"
+    if which == "best" and (folder/"best.safetensors").exists(): return folder/"best.safetensors"
+    state = load_state(folder)
+    if state is None:
+        raise NotFound(f"the run {self.path.name} has no weights yet", fix="wait for its first epoch, or train it with resume=True")
+    return inside(folder, state["weights"])
+
+
+@extends(Run)
+def model(
+    self:Run,                      # The run
+    module:nn.Module|None=None,    # The network, for a run that got it as an object
+    which:str="best",              # best or last
+)->nn.Module:                      # In evaluation mode
+    "The trained model; it takes raw pixels of `bands` and pads to its stride by itself."
+    if module is None and self.info.build is None:
+        raise GeoVisionError(f"the run {self.path.name} cannot build its network", why="it was passed to fit as an object",
+                             fix="pass it again: run.model(module=...)")
+    model = _rebuild(self.info) if module is None else wrapped(module, self.info)
+    return load_into(model, self.weights(which)).eval()
+
+
+@extends(Run)
+def ids(
+    self:Run,       # The run
+    split:str,      # train, val or test
+)->list[str]:       # Ids of samples
+    "Which samples were in a split."
+    table = self.splits
+    found = table.loc[table["split"] == split, "id"].tolist()
+    if not found:
+        raise NotFound(f"the run {self.path.name} has no split {split!r}", why=f"it has {', '.join(sorted(table['split'].unique()))}")
+    return found
 
 
 def wrapped(

@@ -109,7 +109,7 @@ HALLS = {"iron_new": .3, "membrane_white": .14, "bitumen": .16, "paint_blue": .1
 FABRICS = {
     "suburb": Fabric(31, 17, .97, (13.5, 17), (13, 18), 5., "ILLTTU", .12, (1, 2), (.3, .5), .75, TILES, .01),
     "town": Fabric(23, 17, .94, (8.5, 16), (7, 12), 2.5, "IIIIILLTU", 1.3, (1, 1), (.16, .34), .3, IRON, .1),
-    "dense": Fabric(44, 0, .92, (0, 0), (0, 0), 0, "IIIL", 0, (1, 1), (.1, .22), .04, SLUM, .0),
+    "dense": Fabric(58, 0, .94, (0, 0), (0, 0), 0, "IIIL", 0, (1, 1), (.1, .22), .04, SLUM, .0),
     "core": Fabric(38, 24, .97, (60, 60), (24, 34), 1.3, "ILLLUUU", .25, (3, 7), (0, .25), .4, FLAT, 0),
     "estate": Fabric(64, 62, .9, (34, 56), (11, 14), 12, "III", .6, (4, 11), (0, 0), 0, FLAT, .06),
     "industry": Fabric(74, 62, .92, (30, 54), (20, 42), 9, "IIL", .9, (2, 3), (.0, .16), .1, HALLS, .02),
@@ -169,9 +169,11 @@ def parcels(
     return Parcels(code(d.i, d.j) * 8192 + np.arange(len(block)), block, shape, fs, box, gap)
 
 def _clip(boxes, block):
-    "The part of each box inside a block; boxes that lie inside as a whole stay as they are."
+    "The part of each box inside a block; boxes that lie inside as a whole stay as they are, boxes outside become empty."
     shapely.prepare(block)
     out, rim = boxes.copy(), ~shapely.contains_properly(block, boxes)
+    touch = shapely.intersects(block, boxes)
+    out[~touch], rim = shapely.Polygon(), rim & touch
     out[rim] = shapely.intersection(boxes[rim], block)
     return out
 
@@ -196,7 +198,9 @@ def corners(
     turns = {"I": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "L": [(-1, -1), (1, -1), (1, k), (q, k), (q, 1), (-1, 1)],
              "T": [(-1, -1), (1, -1), (1, k), (r, k), (r, 1), (-r, 1), (-r, k), (-1, k)],
              "U": [(-1, -1), (1, -1), (1, 1), (r, 1), (r, k), (-r, k), (-r, 1), (-1, 1)]}[shape]
-    return np.stack([np.stack(np.broadcast_arrays(u, v, k)[:2], -1) for u, v in turns], -2).astype(float)
+    out = np.empty((*np.shape(k), len(turns), 2))
+    for n, (u, v) in enumerate(turns): out[..., n, 0], out[..., n, 1] = u, v
+    return out
 
 # %% ../../nbs/world/40_parcels.ipynb #f0b44dcf
 COLUMNS = ("id", "parcel", "shape", "letter", "x", "y", "angle", "a", "b", "k", "q", "eave", "pitch", "hip", "roof", "storeys")
@@ -352,7 +356,7 @@ def _huddle(
     n, g = len(lot), lot.gap
     inner = lot.box + g * [1, 1, -1, -1]
     size = inner[:, 2:] - inner[:, :2]
-    pull = rng.beta(1, 6, (n, 4, 2)) * .22 * size[:, None]
+    pull = rng.beta(1, 6, (n, 4, 2)) * .2 * size[:, None]
     sign = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
     uv = np.stack([inner[:, [0, 2, 2, 0]], inner[:, [1, 1, 3, 3]]], -1) + pull * sign
     quads = shapely.polygons(to_world(uv[..., 0], uv[..., 1], lot.frame[:, None]))

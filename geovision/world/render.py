@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri
 from .cells import LAYERS
-from .fields import CROPS, greenness
+from .fields import greenness
 from .geometry import Relief, blocks_mean, blur, spread_out
 from .materials import AGEING, COVERS, NAMES, vary
 from .noise import fade, fbm, normal, seed_of, uniform, value_noise
@@ -35,6 +35,12 @@ class Look:
     spread:np.ndarray    # Variation between objects
     draw:np.ndarray      # (N, 4) own numbers
 
+def _grown(scene, rows, day):
+    "Main material, patches and their share for rows of fields: a canopy over soil, or over straw once it is ripe."
+    crops, r, name = scene.crops, scene.paint.row[rows], NAMES.index
+    canopy = [name(CANOPY.get(c, "crop")) for c in crops.crop[r]]
+    return canopy, np.where((day > crops.end)[r], name("straw"), name("soil")), 1 - greenness(crops.start, crops.end, crops.top, day)[r]
+
 def looks(
     scene:Scene,   # Contents
     day:int,       # Day of the year
@@ -46,11 +52,8 @@ def looks(
     dry = .12 * np.sin(2 * np.pi * (day - 100) / 365) * fact(lambda c: c.land == "grass")
     share = np.where(p.share >= 0, p.share, np.clip(fact(lambda c: c.share) + dry, 0, .95))
     spread = np.where(p.layer == LAYERS.index("building"), np.array([AGEING.get(n, ("", 0, .1))[2] for n in NAMES])[a], .11)
-    rows, crops = np.flatnonzero(np.isfinite(p.angle)), scene.crops
-    r = p.row[rows]
-    share[rows] = 1 - greenness(crops.start, crops.end, crops.top, day)[r]
-    a[rows] = [name(CANOPY.get(c, "crop")) for c in crops.crop[r]]
-    b[rows] = np.where((day > crops.end)[r] & (np.array([CROPS[c][0] for c in crops.crop[r]]) > 0), name("straw"), name("soil"))
+    rows = np.flatnonzero(np.isfinite(p.angle))
+    a[rows], b[rows], share[rows] = _grown(scene, rows, day)
     spread[rows] = .16
     t, pick = len(scene.wood), np.digitize(scene.wood.tone, (-.35, .45))
     leaf, other = np.array([name(k) for k in LEAVES]), np.array([name(k) for k in ("leaf", "leaf_dark", "leaf")])

@@ -63,9 +63,9 @@ def optics(
     return dict(bands=tuple(b.name for b in bands), nm=tuple(b.nm for b in bands), width=tuple(b.width for b in bands))
 
 # %% ../../nbs/world/70_sensors.ipynb #6e516bc0
-FILM = dict(gsd=.5, dtype="uint8", top=255, gamma=1.5, psf=.5, snr=45., hour=14.6, haze=.2)
-for camera in (Sensor("aerial_rgb", **optics(AERIAL["red", "green", "blue"]), full=(.42, .375, .39), **FILM),
-               Sensor("aerial_irrg", **optics(AERIAL["nir", "red", "green"]), full=(.58, .4, .36), **FILM)):
+FILM = dict(gsd=.5, dtype="uint8", top=255, psf=.5, snr=45., hour=14.6, haze=.2)
+for camera in (Sensor("aerial_rgb", **optics(AERIAL["red", "green", "blue"]), full=(.415, .395, .455), gamma=1.8, **FILM),
+               Sensor("aerial_irrg", **optics(AERIAL["nir", "red", "green"]), full=(.58, .4, .36), gamma=1.5, **FILM)):
     register(camera, kind="sensor")
 
 # %% ../../nbs/world/70_sensors.ipynb #b9e1da5d
