@@ -6,7 +6,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 
-from geovision.cli.demo import MARK, trivial_answers
+from geovision.cli.demo import MARK, _trivial_answers
 from geovision.cli.main import main
 from geovision.cli.material import own_files
 from geovision.cli.trivial import everywhere, iou, judge
@@ -99,6 +99,6 @@ def test_the_real_chips():
     assert (len(made.ds), len(made.scenes), made.dropped) == (118, 21, 8)
     truths = [s.truth() for s in made.scenes]
     assert round(everywhere(truths), 3) == 0.592
-    best = trivial_answers(made.ds)
+    best = _trivial_answers(made.ds)
     score = iou(judge((best.answer(read(s.image)), t) for s, t in zip(made.scenes, truths)))
     assert best.brighter and abs(score - 0.647) < 0.02, score

@@ -94,7 +94,7 @@ def show_table(
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    console = Console(width=None if sys.stdout.isatty() else 4000, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 4000, highlight=False, force_jupyter=False)
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for name in frame.columns:
         number = all(isinstance(v, (int, float)) for v in frame[name].tolist())

@@ -58,14 +58,14 @@ class Findings:
         "The best of the trivial answers there."
         return float(self.scores.iloc[1:, -1].max())
 
-# %% ../../nbs/cli/50_story.ipynb #2fd56dac
+# %% ../../nbs/cli/50_story.ipynb #aba49f3e
 def opening(
     f:Findings,
 )->Report:
     "Title, what this is, and the few numbers that matter."
     facts = f.facts
     made = "a *generated* world: every picture on this page was drawn by a program, none shows a real place" if f.generated else "your own images"
-    lead = (f"One command, `geovision demo`, made this page in {facts['seconds']:.0f} seconds on {facts['cores']} cores, from {made}. "
+    lead = (f"One command, `geovision demo`, made this page in {facts['seconds']:.0f} seconds on {facts['cores']} {'core' if facts['cores'] == 1 else 'cores'}, from {made}. "
             "A small network learned to find buildings and was judged on ground it had never seen.")
     page = Report(f.title, lead, footer=f"Made by geovision {facts.get('version', '')}, seed {facts['seed']}. The numbers of this page are in metrics.json.")
     page.facts({"IoU of buildings on unseen ground": f"{f.score:.3f}", "the best trivial answer there": f"{f.trivial:.3f}",
@@ -100,7 +100,8 @@ def learning(
     chosen = {"validation": "The validation split chose the epoch whose averaged weights are used; it is not part of the score above.",
               "last": "No validation was held back: the averaged weights of the last step are used, and the judged ground had no say in training."}
     page.section("Learning", words + chosen[facts["chosen by"]])
-    return page.picture(f.pictures["curves"], "Loss during training" + (", and the IoU of buildings on the validation split." if facts["chosen by"] == "validation" else "."))
+    return page.picture(f.pictures["curves"],
+            "Loss during training" + (", and the IoU of buildings on the validation split." if facts["chosen by"] == "validation" else "."))
 
 
 def mapping(
@@ -117,7 +118,7 @@ def mapping(
     return page.table([{"": "the map", "polygons": facts["buildings mapped"], "roof area, m²": round(facts["roof area mapped, m²"])},
                        {"": "the truth", "polygons": facts["true buildings"], "roof area, m²": round(facts["true roof area, m²"])}])
 
-# %% ../../nbs/cli/50_story.ipynb #0cae0d86
+# %% ../../nbs/cli/50_story.ipynb #79c0068a
 def scoring(
     page:Report,
     f:Findings,
@@ -142,7 +143,8 @@ def explaining(
                      f"Integrated Gradients, {f.facts['IG steps']} steps from a picture of the mean colour: blue pixels speak for it, red ones against; "
                      f"they add up to the change of the score but for {gap:.1%}.")
     page.section("What was done")
-    return page.table([{"stage": n, "seconds": round(s, 1), "": d} for n, s, d in f.stages], f"Measured with {f.facts['cores']} cores, everything included but starting Python.")
+    return page.table([{"stage": n, "seconds": round(s, 1), "": d} for n, s, d in f.stages],
+            f"Processor cores used: {f.facts['cores']}. Everything is included but starting Python.")
 
 # %% ../../nbs/cli/50_story.ipynb #15ffd15f
 def story(

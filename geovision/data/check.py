@@ -111,7 +111,7 @@ def sample_faults(
             full = path if "#" in path else inside(files.root, path)
             found += [Fault(*f[:2], files.id, path, f[2]) for f in _asset_faults(files, name, full, size)]
             if name in ("image", "sar") and "#" not in path: size = info(full).size
-        except (GeoVisionError, OSError) as e: found.append(Fault("wrong", "unreadable", files.id, path, str(e)))
+        except (GeoVisionError, OSError) as e: found.append(Fault("wrong", "unreadable", files.id, path, str(e).replace(f"{files.root}/", "")))
     return found
 
 

@@ -86,7 +86,8 @@ def _stack(frames, name, times):
         for f in frames: f.setdefault("valid", torch.ones(f["image" if "image" in f else tensors[0]].shape[-2:], dtype=torch.bool))
     for k in tensors:
         shapes = {tuple(f[k].shape) for f in frames if k in f}
-        if len(shapes) > 1: raise DataError(f"the images of {name!r} have different sizes, {sorted(shapes)}", fix="cut them to common ground first: ds.grid(size_m, gsd=...)")
+        if len(shapes) > 1: raise DataError(f"the images of {name!r} have different sizes, {sorted(shapes)}",
+                fix="cut them to common ground first: ds.grid(size_m, gsd=...)")
         if all(k in f for f in frames): sample[k] = torch.stack([f[k] for f in frames])
     return sample
 

@@ -31,26 +31,28 @@ def sides(
     "All eight."
     for side in range(8): yield turn(x, side)
 
-# %% ../../nbs/models/30_sides.ipynb #fc9c95de
+# %% ../../nbs/models/30_sides.ipynb #2b37a5de
 class AllSides(nn.Module):
     """Wraps a model whose outputs are logits of classes.
 
     Shapes
     ------
-    forward : as the model's; log of the mean probability over the eight sides
+    forward : as the model's; the logits that give the mean probability over the eight sides
     """
     def __init__(
         self,
-        model:nn.Module,   # (B, C, H, W) to (B, K, H, W) or (B, K)
+        model:nn.Module,     # (B, C, H, W) to (B, K, H, W) or (B, K)
+        several:bool=False,  # Are the classes questions of their own (multi-label) rather than alternatives?
     ):
         super().__init__()
-        self.model = model
+        self.model, self.several = model, several
         for name in ("bands", "classes", "stride", "head"):
             if hasattr(model, name): setattr(self, name, getattr(model, name))
 
     def forward(self, x:Tensor)->Tensor:
         total = 0.
         for side in range(8):
-            p = self.model(turn(x, side)).float().softmax(1)
+            y = self.model(turn(x, side)).float()
+            p = y.sigmoid() if self.several else y.softmax(1)
             total = total + (turn(p, side, back=True) if p.ndim == 4 else p)
-        return torch.log((total/8).clamp(min=1e-12))
+        return torch.logit(total/8, eps=1e-6) if self.several else torch.log((total/8).clamp(min=1e-12))

@@ -328,7 +328,7 @@ def evaluate(
                             fix="bring the data back")
     job = _judging(run, metrics, device)
     net = run.model(model, which).to(job.device)
-    net = AllSides(net) if all_sides and run.info.kind != "regression" else net
+    if all_sides and run.info.kind != "regression": net = AllSides(net, several=run.info.kind == "multilabel")
     scores = judge_on(job, ds.take(at), net, split)
     rows = [(split, *(key.split("/", 2)[1:] + ["all"])[:2], value) for key, value in scores.items()]
     return pd.DataFrame(rows, columns=["split", "metric", "class", "value"])
