@@ -230,3 +230,10 @@ def test_losses_do_not_see_what_does_not_count(loss):
     assert count == keep.sum() and logits.grad[~keep[:, None].expand_as(logits)].abs().max() == 0
     other = torch.where(keep[:, None], logits.detach(), torch.randn(2, 3, 8, 8)*50)
     assert torch.allclose(loss(other, masked, valid, 255)[0], total.detach(), rtol=1e-5)
+
+
+def test_workers_change_nothing_but_the_time():
+    from geovision.train.loop import Visits, batches
+    data = Generated(10)
+    alone, helped = ([b["image"] for b in batches(Visits(data, range(6), "mask"), 3, workers=w)] for w in (0, 2))
+    assert len(alone) == len(helped) == 2 and all(torch.equal(a, b) for a, b in zip(alone, helped))

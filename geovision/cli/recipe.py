@@ -47,7 +47,7 @@ def windows(
 
 # %% ../../nbs/cli/30_recipe.ipynb #f27a58e7
 SLIM = {"name": "unet", "encoder": "tu-resnet10t", "decoder_channels": [96, 64, 32, 24, 16]}      # the full decoder takes twice as long a step
-GENERATED = {"model": SLIM, "batch_size": 8, "epochs": 7}
+GENERATED = {"model": SLIM, "batch_size": 8, "epochs": 5}
 REAL = {"model": SLIM, "batch_size": 16, "epochs": 12}
 LIGHT = {"name": "jitter", "brightness": 0.2, "contrast": 0.1}
 
@@ -55,7 +55,7 @@ LIGHT = {"name": "jitter", "brightness": 0.2, "contrast": 0.1}
 def recipe(
     material:Material,   # What to learn from
     seed:int=0,
-    steps:int=64,        # Between two looks at the validation
+    steps:int=72,        # Between two looks at the validation
 )->dict:                 # A config
     "A config for the demo."
     words = GENERATED if material.generated else REAL
