@@ -47,7 +47,7 @@ def windows(
 
 # %% ../../nbs/cli/30_recipe.ipynb #f27a58e7
 SLIM = {"name": "unet", "encoder": "tu-resnet10t", "decoder_channels": [96, 64, 32, 24, 16]}      # the full decoder takes twice as long a step
-GENERATED = {"model": SLIM, "batch_size": 8, "epochs": 5}
+GENERATED = {"model": SLIM, "batch_size": 8, "epochs": 4}
 REAL = {"model": SLIM, "batch_size": 16, "epochs": 12}
 LIGHT = {"name": "jitter", "brightness": 0.2, "contrast": 0.1}
 

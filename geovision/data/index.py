@@ -280,9 +280,13 @@ def open_index(
     "The index of a folder: from disk when it is fresh, else built and kept."
     path = (side_folder(root) if Path(root).is_dir() else Path(root))/f"{card.name}-{variant or 'main'}.parquet"
     old = load(path)
-    if path.parent.name == ".geovision" and Path(root).is_dir(): path.parent.mkdir(exist_ok=True)      # before the folder's time is taken
     if old is not None and fresh(old, root): return old
-    table = build(card, root, variant, old, workers, scheduler)
+    fresh_folder = path.parent.name == ".geovision" and Path(root).is_dir() and not path.parent.exists()
+    if fresh_folder: path.parent.mkdir()                    # before the root's time is taken
+    try: table = build(card, root, variant, old, workers, scheduler)
+    except BaseException:
+        if fresh_folder: path.parent.rmdir()
+        raise
     try: return save(table, path)
     except BadFile as e:
         import warnings
