@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..analysis.attribution import attribute
-from .material import Material, Scene, ground, miniature, own_files, scenes_of
+from .material import Material, Scene, ground, miniature, own_files
 from .pictures import ANSWER, TRUE, Case, beside, busiest, curves, hits_and_misses, map_over_image, reasons, shrunk, view_of
 from .recipe import fitted, recipe
 from .story import Findings, score_rows, story
@@ -142,11 +142,11 @@ def learning_facts(
     run:Run,
 )->dict[str, Any]:
     "What the report tells of the training."
-    words, steps = run.config, run.steps
+    words, steps, scores = run.config, run.steps, run.metrics.query("split == 'val' and metric == 'iou' and `class` == 'building'")["value"]
     return {"encoder": words.model.encoder, "parameters": sum(p.numel() for p in run.model().parameters()), "steps": int(run.metrics["step"].max()),
             "epochs": run.epochs, "window": words.data.crop, "window batch": words.data.batch_size,
             "last training loss": float(steps["loss"].iloc[-5:].mean()) if len(steps) else None,
-            "chosen by": "validation" if "val" in set(run.splits["split"]) else "last"}
+            "chosen by": "validation" if len(scores) else "last", "validation IoU": float(scores.max()) if len(scores) else None}
 
 # %% ../../nbs/cli/60_demo.ipynb #45f807f1
 def _trivial_answers(
@@ -199,9 +199,7 @@ def map_all(
 )->list[tuple[str, dict[str, Confusion]]]:   # (place, counts of every answer) of each scene
     "Predict and judge all scenes; the first map is the one to look at, with polygons."
     threshold, judged = _trivial_answers(material.ds), []
-    some = "val" in set(material.ds.rows["split"])
-    held = [Scene(s.name, "validation", s.image, s.draw) for s in scenes_of(material.ds.split("val"))] if some else []
-    for k, scene in enumerate(progress([*material.scenes, *held], "maps", unit="scene")):
+    for k, scene in enumerate(progress(material.scenes, "maps", unit="scene")):
         answer = _map_scene(net, scene, map_file(out, scene, k), out/"buildings.gpkg" if k == 0 else None)
         judged.append((scene.place, judge_scene(answer, scene, threshold)))
     return judged
@@ -356,7 +354,7 @@ def demo(
             words.append(f"{facts['steps']} steps of {facts['window batch']} windows")
         net = as_network(run)
         with clock.stage("map and judge") as words:
-            scores = score_rows(map_all(material, net, out), apart=["validation"])
+            scores = score_rows(map_all(material, net, out))
             words.append(f"IoU {scores.iloc[0, -1]:.3f}, best trivial answer {scores.iloc[1:, -1].max():.3f}")
         with clock.stage("polygons") as words:
             drawn, mapped = draw_map(material, out)

@@ -55,7 +55,7 @@ LIGHT = {"name": "jitter", "brightness": 0.2, "contrast": 0.1}
 def recipe(
     material:Material,   # What to learn from
     seed:int=0,
-    steps:int=72,        # Between two looks at the validation
+    steps:int=80,        # Between two looks at the validation
 )->dict:                 # A config
     "A config for the demo."
     words = GENERATED if material.generated else REAL

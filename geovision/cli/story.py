@@ -21,14 +21,11 @@ from ..viz.style import Picture
 def score_rows(
     judged:Sequence[tuple[str, Mapping[str, Confusion]]],   # (place, answer -> counts) of each scene
     last:str="all unseen ground",                           # Name of the column for everything
-    apart:Sequence[str]=(),                                 # Places that are shown but not added up
 )->pd.DataFrame:                                            # One row an answer, one column a place, IoU in the cells
     "The IoU of every answer at every place."
     answers = list(judged[0][1])
     places = list(dict.fromkeys(place for place, _ in judged))
-    unseen = [p for p in places if p not in apart]
-    columns = {p: [p] for p in places} if len(places) > 1 else {}
-    columns[last] = unseen
+    columns = {**({p: [p] for p in places} if len(places) > 1 else {}), last: places}
     rows = []
     for answer in answers:
         cells = {name: iou(sum((c[answer] for place, c in judged if place in group), Confusion(2, ignore=255))) for name, group in columns.items()}
@@ -97,7 +94,8 @@ def learning(
     facts = f.facts
     words = (f"A U-Net on `{facts['encoder']}` with {number(facts['parameters'])} parameters saw {number(facts['steps']*facts['window batch'])} windows "
              f"of {facts['window']} pixels, flipped, turned and lit anew each time, in {number(facts['steps'])} steps and {facts['training seconds']:.0f} seconds. ")
-    chosen = {"validation": "The validation split chose the epoch whose averaged weights are used; it is not part of the score above.",
+    chosen = {"validation": "The validation split, other ground of the training places, chose the epoch whose averaged weights are used "
+                            f"(IoU there {number(facts['validation IoU'])}); it is no part of the score above.",
               "last": "No validation was held back: the averaged weights of the last step are used, and the judged ground had no say in training."}
     page.section("Learning", words + chosen[facts["chosen by"]])
     return page.picture(f.pictures["curves"],
