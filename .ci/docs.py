@@ -89,7 +89,7 @@ def converted(page):
     "A prepared page as HTML, and what pandoc had to say about it."
     import pypandoc
     text = as_markdown(json.loads(page.read_text()))
-    done = subprocess.run([pypandoc.get_pandoc_path(), "-f", "markdown", "-t", "html"], input=text, text=True, capture_output=True)
+    done = subprocess.run([pypandoc.get_pandoc_path(), "-f", "markdown", "-t", "html", "--mathjax"], input=text, text=True, capture_output=True)
     return done.stdout, [line for line in done.stderr.splitlines() if line.strip()]
 
 
