@@ -17,7 +17,7 @@ import typer
 from typer import Argument, Option
 
 from .jobs import chosen_bands, counts_by, gain_and_offset, lab_command, map_paths, predict_split, score_table, stats_by
-from .shell import answer, die_politely, show_table, stoppable
+from .shell import answer, die_politely, share_the_cores, show_table, stoppable
 
 # %% ../../nbs/cli/90_main.ipynb #d658dc07
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +41,7 @@ def main(
     argv:Sequence[str]|None=None,   # Words of the command line; None for those of this process
 )->int:                             # The exit code
     "The command `geovision`."
-    die_politely()
+    die_politely(), share_the_cores()
     return answer(app, sys.argv[1:] if argv is None else argv)
 
 # %% ../../nbs/cli/90_main.ipynb #160bf4f4

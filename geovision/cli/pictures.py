@@ -74,7 +74,7 @@ def _bar(
     "A thin scale bar that fits a large picture, where the scale is known."
     if view.crs is None: return
     width = row_metres(view.transform, view.crs, view.rgb.shape[:2])
-    length = round_length(width, 0.2)
+    length = round_length(width, 0.25)
     edge = [withStroke(linewidth=3, foreground=INK)]
     ax.plot([0.03, 0.03 + length/width], [0.03, 0.03], color=PAPER, linewidth=2.5, transform=ax.transAxes, path_effects=edge, scalex=False, scaley=False)
     ax.text(0.03, 0.042, length_text(length), transform=ax.transAxes, color=PAPER, fontsize=8, path_effects=edge)

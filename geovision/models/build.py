@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'HEADS', 'pad_to', 'Model', 'decoder', 'check_encoder', 'option_names', 'check_options', 'pooled',
-           'with_pretrained', 'load_weights', 'build', 'check_words', 'check_head']
+           'with_pretrained', 'hub_in_reach', 'cache_only', 'load_weights', 'build', 'check_words', 'check_head']
 
-# %% ../../nbs/models/10_build.ipynb #e3cbfc00
+# %% ../../nbs/models/10_build.ipynb #951571f0
 import inspect
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import getproxies
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,7 +67,7 @@ class Model(nn.Module):
 DECODERS = {"unet": "Unet", "unetplusplus": "UnetPlusPlus", "linknet": "Linknet", "fpn": "FPN", "pspnet": "PSPNet", "pan": "PAN",
             "manet": "MAnet", "deeplabv3": "DeepLabV3", "deeplabv3plus": "DeepLabV3Plus", "upernet": "UPerNet", "segformer": "Segformer"}
 
-# %% ../../nbs/models/10_build.ipynb #2f217f75
+# %% ../../nbs/models/10_build.ipynb #dc91d871
 def decoder(
     name:str,               # One of `DECODERS`
     encoder:str,            # An encoder of smp, or any of timm's as tu-<name>
@@ -86,7 +89,8 @@ def decoder(
     check_options(f"option of {name}", option_names(cls, closed=True), options)
     channels = options.get("decoder_channels")
     if isinstance(channels, list): options["decoder_channels"] = tuple(channels)
-    net = cls(encoder, encoder_weights="imagenet" if pretrained else None, in_channels=bands, classes=classes, **options)
+    weights = (True if encoder.startswith("tu-") else "imagenet") if pretrained else None
+    net = cls(encoder, encoder_weights=weights, in_channels=bands, classes=classes, **options)
     net.stride = int(getattr(net.encoder, "output_stride", 32))
     return net
 
@@ -154,7 +158,7 @@ pooled.head = "image"
 register(pooled, kind="model", name="pooled")
 for _name in DECODERS: register(_named(_name), kind="model", name=_name)
 
-# %% ../../nbs/models/10_build.ipynb #33403c51
+# %% ../../nbs/models/10_build.ipynb #04589e9d
 def with_pretrained(
     make:Callable[[], nn.Module],   # Builds the network and downloads on the way
     encoder:str,                    # For the sentence
@@ -165,13 +169,35 @@ def with_pretrained(
     ------
     GeoVisionError : the weights could not be had
     """
-    try: return make()
+    try:
+        with cache_only(unless=hub_in_reach()): return make()
     except GeoVisionError: raise
     except Exception as e:
         reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         raise GeoVisionError(f"there are no pretrained weights for {encoder} at hand",
                              why=f"they come from the network, which answered: {reason}",
                              fix="set weights to null to train from scratch, or to the path of a .safetensors file") from None
+
+
+def hub_in_reach(
+    host:str="huggingface.co",   # Where the weights come from
+)->bool:
+    "Can the hub's name be resolved, or does a proxy do that for us?"
+    if getproxies().get("https"): return True
+    try: return bool(socket.getaddrinfo(host, 443))
+    except OSError: return False
+
+
+@contextmanager
+def cache_only(
+    unless:bool=False,   # Do nothing
+)->Iterator[None]:
+    "Let the hub's client use what it has, without asking the network."
+    from huggingface_hub import constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not unless
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = before
 
 
 def load_weights(
