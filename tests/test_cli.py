@@ -34,7 +34,7 @@ def home(tmp_path_factory):
 def told(capfd):
     def tell(*words):
         code = main([str(w) for w in words])
-        out, err = capfd.readouterr()
+        out, err = (re.sub(r"\x1b\[[0-9;]*m", "", text) for text in capfd.readouterr())
         return code, out, err
     return tell
 

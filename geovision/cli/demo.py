@@ -120,8 +120,7 @@ def look(
     "The first pictures: a scene, samples with their labels, a map of the splits."
     ds, scene = material.ds, material.scenes[0]
     found = {"place": map_over_image(view_of(scene.image, ds.bands)), "samples": plot(ds, n=8)}
-    placed = [f for f in ds.footprints() if f is not None]
-    return found | ({"where": footprints(ds.index)} if len(placed) else {})
+    return found | ({"where": footprints(material.index)} if material.index.geometry.notna().any() else {})
 
 # %% ../../nbs/cli/60_demo.ipynb #d6685f89
 def learn(
@@ -298,7 +297,7 @@ def explain(
 )->tuple[dict, dict]:  # Pictures and facts
     "The two cases and their reasons."
     scenes = [(s, read(map_file(out, s, k))[0], s.truth()) for k, s in enumerate(material.scenes[:most])]
-    found = [explain_window(net, scenes[k][0], Box(x, y, side, side), material.ds.bands, f"{scenes[k][0].name}, {title}")
+    found = [explain_window(net, scenes[k][0], Box(x, y, side, side), material.ds.bands, title)
              for title, k, x, y, side in pick_two(scenes)]
     if not found: return {}, {"IG steps": 16, "IG gap": 0., "IG change": 1.}
     worst = max((f for _, f in found), key=lambda f: abs(f["IG gap"])/max(abs(f["IG change"]), 1e-9))

@@ -48,6 +48,7 @@ class Material:
     scenes:list[Scene]                # To be judged on; the first is the one to look at
     words:dict                        # For the `data` section of a config
     leaks:pd.DataFrame                # Ground shared between splits, as found
+    index:pd.DataFrame                # Every sample with its footprint and its part in the story, for the map
     dropped:int=0                     # Samples left out for it
     notes:list[str]=field(default_factory=list)   # What a reader of the report should know
 
@@ -94,7 +95,8 @@ def miniature(
     """
     ds = open_("inria", replica("inria", folder, seed, size)).splits(how="official")
     labelled = ds.take(np.flatnonzero(ds.rows["split"] != "test"))
-    return Material("Buildings of a generated world", True, labelled, _unseen_cities(ds, seed, size), {"dataset": "inria", "root": str(folder)}, ds.leaks(), notes=[NOTE])
+    return Material("Buildings of a generated world", True, labelled, _unseen_cities(ds, seed, size), {"dataset": "inria", "root": str(folder)}, ds.leaks(), ds.index,
+                    notes=[NOTE])
 
 # %% ../../nbs/cli/20_material.ipynb #04a152f9
 def open_own(
@@ -157,7 +159,8 @@ def own_files(
     kept = clean.take(np.flatnonzero(clean.rows["split"] != judged))
     scenes = scenes_of(clean.split(judged))
     words = {"from_files": {"images": images, "mask": masks, "classes": list(ds.classes)}}
-    return Material(f"Buildings in {ds.root.name}", False, kept, scenes, words, found, len(ds) - len(clean))
+    parts = np.where(ds.rows["id"].isin(clean.rows["id"]), ds.rows["split"].replace({judged: "test"}), "left out")
+    return Material(f"Buildings in {ds.root.name}", False, kept, scenes, words, found, ds.index.assign(split=parts), len(ds) - len(clean))
 
 
 def judged_split(

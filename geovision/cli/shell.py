@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,8 @@ def show_table(
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    console = Console(width=None if sys.stdout.isatty() else 4000, highlight=False, force_jupyter=False)
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 4000, highlight=False, force_jupyter=False, force_terminal=terminal, no_color=not terminal)
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for name in frame.columns:
         number = all(isinstance(v, (int, float)) for v in frame[name].tolist())
@@ -134,7 +136,7 @@ def answer(
 
 def _told(error, debug):
     "Print the sentence, and the frames when they are wanted."
-    if debug: sys.excepthook(type(error), error, error.__traceback__)
+    if debug: traceback.print_exception(error)
     if type(error).__name__ == "Abort": error = Stopped("stopped by Ctrl-C")
     print(f"geovision: {sentence_of(error)}", file=sys.stderr)
     return code_of(error)

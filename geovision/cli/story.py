@@ -80,7 +80,7 @@ def looking(
     page.picture(f.pictures["place"], "The scene as the network sees it." + (" Generated, not a photograph." if f.generated else ""))
     page.section("What there is to learn from", f"{number(f.facts['training samples'])} labelled images for training. Pixels with a label are tinted.")
     page.picture(f.pictures["samples"], "Labels over images, a few samples of all.")
-    if "where" in f.pictures: page.picture(f.pictures["where"], "Where the samples lie. Blue is training; scores come from other ground.")
+    if "where" in f.pictures: page.picture(f.pictures["where"], "Where the images lie. Blue is training; scores come from other ground.")
     if not len(f.leaks): return page.text("The leak check found no ground that two splits share.")
     return page.text(f"The leak check found {number(len(f.leaks))} pairs of images in different splits that show the same ground. "
                      f"For that, {number(f.facts['dropped for leaks'])} images were left out of the score.")
