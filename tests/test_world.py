@@ -10,12 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from geovision.world import PLACES, World
+from geovision.world.calendar import when_of
 from geovision.core.errors import BadValue, UnknownName
 from geovision.world.roads import District, Land, main_roads, streets
 from geovision.world.terrain import Plan
 
 QUIET = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-GSD = {"aerial_rgb": (.25, .5, 1.), "worldview_ps": (.3,), "worldview_ms": (1.2, 2.), "dsm": (.5, 2.)}
+GSD = {"aerial_rgb": (.15, .5, 1.), "worldview_ps": (.3,), "worldview_ms": (1.2, 2.), "dsm": (.5, 2.), "planetscope": (3.,), "sentinel2_l1c": (10., 20.),
+       "sentinel1": (10.,), "quadpol": (1.,), "nightlights": (50.,)}
+
+
+HOW = ({}, {"lean": (25., 200.)}, {"clouds": .5}, {"jpeg": 70}, {"sun": (100., 20.)}, {"date": "2016-02-01"})  # ways to take a picture
+FAR = ({}, {"clouds": .4}, {"date": "2019-11-03"}, {"orbit": "descending"})
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +34,23 @@ def window(world, gsd, x, y, w, h):
     return a + x * gsd, b + y * gsd, a + (x + w) * gsd, b + (y + h) * gsd
 
 
-@settings(max_examples=14, **QUIET)
+@settings(max_examples=30, **QUIET)
 @given(st.sampled_from(["town", "city", "farmland"]), st.sampled_from(list(GSD)), st.data())
 def test_windows_agree_to_the_bit(worlds, place, sensor, data):
     world, gsd = worlds[place], data.draw(st.sampled_from(GSD[sensor]))
-    w, h = data.draw(st.integers(30, 90)), data.draw(st.integers(30, 90))
+    most = 90 if gsd < 6 else 40 if gsd < 40 else 24
+    w, h = data.draw(st.integers(most // 3, most)), data.draw(st.integers(most // 3, most))
     x, y = data.draw(st.integers(0, w - 1)), data.draw(st.integers(0, h - 1))
     sw, sh = data.draw(st.integers(1, w - x)), data.draw(st.integers(1, h - y))
-    large = world.view(sensor, window(world, gsd, 0, 0, w, h), gsd=gsd)["image"]
-    small = world.view(sensor, window(world, gsd, x, y, sw, sh), gsd=gsd)["image"]
+    how = data.draw(st.sampled_from(HOW)) if GSD[sensor][0] < 6 and sensor not in ("dsm", "quadpol") else data.draw(st.sampled_from(FAR))
+    if sensor != "aerial_rgb": how = {k: v for k, v in how.items() if k != "jpeg"}
+    large = world.view(sensor, window(world, gsd, 0, 0, w, h), gsd=gsd, **how)["image"]
+    small = world.view(sensor, window(world, gsd, x, y, sw, sh), gsd=gsd, **how)["image"]
     assert np.array_equal(small, large[:, h - y - sh:h - y, x:x + sw])
 
 
 @settings(max_examples=12, **QUIET)
-@given(st.sampled_from(["instances", "landcover", "roads", "fields", "trees", "water", "height"]), st.integers(0, 40), st.integers(0, 40))
+@given(st.sampled_from(["instances", "boundaries", "landcover", "roads", "parcels", "fields", "crops", "trees", "water", "flood", "height"]), st.integers(0, 40), st.integers(0, 40))
 def test_truth_agrees_between_windows(worlds, kind, x, y):
     world = worlds["town"]
     large, small = world.truth(kind, window(world, .5, 0, 0, 120, 100), .5), world.truth(kind, window(world, .5, x, y, 60, 50), .5)
@@ -63,23 +72,25 @@ def test_long_winter_shadows_reach_coarse_pixels_the_same_way():
 
 
 def test_large_views_are_made_of_pieces(worlds, monkeypatch):
-    import geovision.world.planet as planet
+    import geovision.world.views as views
     world, box = worlds["town"], window(worlds["town"], .5, 0, 0, 150, 130)
     whole = world.view("aerial_rgb", box)["image"]
-    monkeypatch.setattr(planet, "TILE", 64)
+    monkeypatch.setattr(views, "TILE", 64)
     assert np.array_equal(world.view("aerial_rgb", box)["image"], whole)
 
 
 @settings(max_examples=6, **QUIET)
 @given(st.integers(0, 7000), st.integers(0, 7000), st.sampled_from(["mixed", "city", "coast"]))
 def test_pieces_of_any_place(x, y, place):
-    import geovision.world.planet as planet
+    import geovision.world.views as views
     world = World(seed=9, place=place)
     box = (world.bounds[0] + x, world.bounds[1] + y, world.bounds[0] + x + 150, world.bounds[1] + y + 100)
     grid = world.grid(box, 1.)
     whole = world.view("aerial_rgb", box, gsd=1.)["image"]
-    for rows, cols, piece in planet.pieces(grid, 60):
-        assert np.array_equal(planet.picture(world, planet.find_sensor("aerial_rgb"), piece, 196), whole[:, rows, cols])
+    camera = views.find_sensor("aerial_rgb")
+    shot = views.shot_of(world, camera, when_of())
+    for rows, cols, piece in views.pieces(grid, 60):
+        assert np.array_equal(views.picture(world, camera, piece, shot), whole[:, rows, cols])
 
 
 def test_another_process_sees_the_same(worlds):

@@ -7,9 +7,10 @@ __all__ = []
 
 # %% ../../nbs/world/95_world.ipynb #e171ff6a
 from .materials import LANDCOVER
-from .planet import TRUTH, VECTORS, World
+from .planet import World
 from .sensors import Sensor, sensor
 from .terrain import PLACES
+from .truth import TRUTH, VECTORS
 
 # %% ../../nbs/world/95_world.ipynb #62d338a5
 __all__ = ["LANDCOVER", "PLACES", "Sensor", "TRUTH", "VECTORS", "World", "sensor"]

@@ -18,36 +18,38 @@ from .window import Grid
 def abundances(
     code:np.ndarray,    # Object and step of each fine pixel, see `render.patches`
     look:Look,          # Objects
-    weight:np.ndarray,  # Light on each fine pixel
+    weights:list,       # Light on each fine pixel, once for every kind of light
     n:int,              # Fine pixels per coarse pixel and side
-)->np.ndarray:          # (materials, H, W)
+)->tuple:               # Numbers of the materials present, ascending, and (kinds of light, H, W, materials) lit shares
     """Lit share of every material in every coarse pixel.
 
     Shapes
     ------
-    code, weight : (H*n, W*n)
-    returned : (len(NAMES), H, W), float64
+    code, each of weights : (H*n, W*n)
     """
     h, w = code.shape[0] // n, code.shape[1] // n
     pixel = (np.arange(code.shape[0])[:, None] // n * w + np.arange(code.shape[1]) // n).ravel()
     who, step = np.divmod(code.ravel(), LEVELS)
-    t = step / (LEVELS - 1)
-    bright = np.exp(np.clip(look.draw[:, 0], -2.2, 2.2) * look.spread)[who - 1] * weight.ravel() / n**2
-    out = np.zeros(len(NAMES) * h * w)
-    for material, share in ((look.a, 1 - t), (look.b, t)):
-        out += np.bincount(material[who - 1] * (h * w) + pixel, weights=bright * share, minlength=len(out))
-    return out.reshape(len(NAMES), h, w)
+    who, t = who - 1, step / (LEVELS - 1)
+    present, where = np.unique(np.concatenate([look.a, look.b]), return_inverse=True)
+    bright = np.exp(np.clip(look.draw[:, 0], -2.2, 2.2) * look.spread)[who] / n**2
+    out = np.zeros((len(weights), h * w * len(present)))
+    for material, share in ((where[:len(look.a)], 1 - t), (where[len(look.a):], t)):
+        at, part = pixel * len(present) + material[who], bright * share
+        for kind, weight in zip(out, weights): kind += np.bincount(at, weights=part * weight.ravel(), minlength=len(kind))
+    return present, out.reshape(-1, h, w, len(present))
 
 # %% ../../nbs/world/85_spectral.ipynb #07da55fb
 def mixed(
     sensor:Sensor,       # Channels
-    direct:np.ndarray,   # Abundances weighted by direct light
-    sky:np.ndarray,      # Abundances weighted by sky light
+    present:np.ndarray,  # Materials, from `abundances`
+    share:np.ndarray,    # (2, H, W, materials): lit by the sun, lit by the sky
 )->np.ndarray:           # (channels, H, W) reflectance
-    "Spectra of mixed pixels."
-    d = sky_share(np.asarray(sensor.nm))
-    table = sensor.table
-    return (np.einsum("mhw,mb->bhw", direct, table * (1 - d)) + np.einsum("mhw,mb->bhw", sky, table * d)).astype(np.float32)
+    "Spectra of mixed pixels; the sum over materials is taken in their order, whatever the window."
+    d, table = sky_share(np.asarray(sensor.nm)), sensor.table[present]
+    flat = share.reshape(2, -1, len(present))
+    image = np.einsum("pm,mb->pb", flat[0], table * (1 - d)) + np.einsum("pm,mb->pb", flat[1], table * d)
+    return np.ascontiguousarray(image.T.reshape(-1, *share.shape[1:3]), np.float32)
 
 def store(
     image:np.ndarray,  # (channels, H, W) reflectance

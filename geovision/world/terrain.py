@@ -11,8 +11,7 @@ import heapq
 from dataclasses import dataclass
 import numpy as np
 import shapely
-from rasterio.features import shapes
-from rasterio.transform import from_origin
+from contourpy import contour_generator
 from ..core.errors import unknown_name
 from .noise import fbm, noise_at, seed_of
 
@@ -191,13 +190,18 @@ def lakes(
     x0:float,             # Easting of the first column
     y0:float,             # Northing of the first row
     depth:float=2.0,      # A hollow must be this deep, metres
-)->list:                  # Polygons with smooth shores
-    "Filled hollows between 1 and 40 hectares."
-    wet = (hollow > depth).astype(np.uint8)
-    grid = from_origin(x0 - STEP / 2, y0 + STEP / 2, STEP, STEP)
-    found = [shapely.geometry.shape(s) for s, v in shapes(wet, mask=wet > 0, transform=grid)]
-    found = [p for p in found if 1e4 <= p.area <= 4e5]
-    return [shapely.Polygon(chaikin(np.array(p.buffer(12).exterior.coords), 3)).buffer(0) for p in found]
+    seed:int=0,           # Of the bays
+)->list:                  # Polygons with winding shores
+    "Filled hollows between 1 and 40 hectares: contours of the depth, with bays."
+    rings = contour_generator(z=np.pad(hollow, 1)).lines(depth)
+    found = []
+    for ring in rings:
+        shore = shapely.segmentize(shapely.LinearRing(np.c_[x0 + STEP * (ring[:, 0] - 1), y0 - STEP * (ring[:, 1] - 1)]), 12.)
+        xy = shapely.get_coordinates(shore)
+        bays = sum(a * np.stack([noise_at(xy[:, 0], xy[:, 1], w, seed_of(seed, "bays", k, int(w))) for k in (0, 1)], 1) for a, w in ((26, 190.), (10, 60.), (4, 24.)))
+        found.append(shapely.Polygon(chaikin(xy + bays, 2)).buffer(0))
+    parts = [p for f in found for p in shapely.get_parts(f)]
+    return [p for p in parts if 1e4 <= p.area <= 4e5]
 
 # %% ../../nbs/world/20_terrain.ipynb #d51bc483
 def water_bodies(
@@ -207,7 +211,7 @@ def water_bodies(
     ax = np.arange(-1000, plan.size + 1001, STEP, dtype=float)
     z = relief(plan, ax, ax[::-1], STEP).astype(np.float64)
     full = fill_hollows(z)
-    out = [("lake", p) for p in lakes(full - z, ax[0], ax[-1])]
+    out = [("lake", p) for p in lakes(full - z, ax[0], ax[-1], seed=plan.seed)]
     strips = [shapely.LineString(line).buffer(w / 2, quad_segs=3) for line, w in rivers(full, ax[0], ax[-1]) if len(line) > 1]
     out += [("river", p) for p in strips]
     if plan.place != "coast": return out
