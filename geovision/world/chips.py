@@ -39,7 +39,7 @@ def disguise(
     x += rng.normal(0, .001 + .012 * strength * rng.random(), x.shape)
     return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
 
-# %% ../../nbs/world/97_chips.ipynb #8a549060
+# %% ../../nbs/world/97_chips.ipynb #04a6bbc7
 @dataclass(frozen=True)
 class Recipe:
     "What chips to draw."
@@ -47,6 +47,7 @@ class Recipe:
     gsds:tuple = (.0746, .0746, .0746, .1493, .2986)               # Metres per pixel, drawn evenly
     pixels:int = 256                                               # Side of a chip
     worlds:int = 12                                                # Different worlds per place
+    reach:float = 1000.                                            # Side of the part of each world that is used, metres
     lean:float = 16.                                               # Largest angle of the camera, degrees
     strength:float = 1.                                            # Of `disguise`
 
@@ -62,7 +63,8 @@ def chip(
     worlds = {} if worlds is None else worlds
     world = worlds.setdefault((place, luck), World(1000 * (seed + 1) + luck, place=place))
     side, sun = recipe.pixels * gsd, (rng.uniform(0, 360), rng.uniform(32, 76))
-    x, y = (world.bounds[k] + rng.uniform(600, world.plan.size - 600 - side) for k in (0, 1))
+    corner = generator(seed, "corner", place, luck).uniform(700, world.plan.size - 700 - recipe.reach, 2)
+    x, y = (world.bounds[k] + corner[k] + rng.uniform(0, recipe.reach - side) for k in (0, 1))
     box = tuple(round(v / gsd) * gsd for v in (x, y, x + side, y + side))
     how = dict(gsd=gsd, sun=sun, lean=(recipe.lean * rng.random() ** 1.5, rng.uniform(0, 360)), jpeg=int(rng.integers(60, 95)))
     image = world.view("aerial_rgb", box, **how)["image"]

@@ -320,7 +320,7 @@ def _crowns(out, wood, grid, leaf, sun, palms, first):
     out.ids.ravel()[at] = first + t
     out.tall.ravel()[at] = crown.ravel()[at]
     rough = np.float32(1.5 if grid.gsd < .12 else .95)
-    out.light.ravel()[at] = np.clip(1. + .5 * side - rough * leaf.ravel()[at], .06, 2.4)
+    out.light.ravel()[at] = np.clip(1.15 + .5 * side - rough * leaf.ravel()[at], .08, 2.6)
     out.patch.ravel()[at] -= np.float32(.5) * leaf.ravel()[at]
 
 def sunlit(

@@ -26,10 +26,10 @@ BUILT = {  # percent
     "asphalt_old": (9.4, 12.2, 13.8, 14.5, 15, 15.6, 16.1, 16.8, 18.1, 17.4, 17.2, 15.1),
     "concrete": (13.1, 18, 21.4, 22, 22.4, 23.1, 24, 24.8, 25.8, 22, 19.7, 15.3),
     "concrete_bright": (26.3, 33.1, 36, 36.6, 36.9, 36.4, 35, 34.3, 33.4, 30.1, 30.7, 29),
-    "iron_new": (25, 29, 31, 31, 31, 31, 32, 34, 38, 40, 41, 40),
-    "iron_rusty": (7.5, 11.5, 20, 22.5, 24, 24, 26, 32, 37, 39, 39, 36),
-    "iron_faded": (14.5, 20.5, 36, 37.5, 38.5, 39, 40, 43, 46, 47, 46, 43),
-    "paint_red": (6.6, 7.6, 24, 29, 31, 30, 31, 34, 36, 33, 31, 27),
+    "iron_new": (30, 32.5, 33.5, 33.5, 33.5, 33, 33.5, 35, 39, 41, 42, 41),
+    "iron_rusty": (11, 14.5, 24, 26, 27, 27, 29, 34, 38, 39, 39, 36),
+    "iron_faded": (19.5, 24, 34, 35.5, 36.5, 37, 38.5, 42, 46, 47, 46, 43),
+    "paint_red": (9, 10, 24, 29, 31, 30, 31, 34, 36, 33, 31, 27),
     "paint_blue": (23, 15, 8, 8.5, 14, 24, 27, 30, 30, 28, 26, 22),
     "paint_green": (8, 15, 9, 9, 13, 22, 26, 29, 29, 27, 25, 21),
     "membrane_white": (36, 45, 51, 52, 51, 52, 53, 52, 54, 42, 37, 17),
@@ -44,19 +44,19 @@ NATURE = {  # percent
     "soil": (8.2, 12.6, 16.5, 18, 19.2, 21.5, 24.4, 27.5, 31.5, 31.7, 31.5, 27.8),
     "soil_light": (15.5, 24, 31, 33, 34.5, 35.5, 37, 41, 47, 41, 41, 34),
     "soil_dark": (3.8, 6.4, 9.6, 11.3, 13.2, 16.9, 20.9, 25.8, 30.6, 29.1, 28.5, 25),
-    "laterite": (9.8, 18.2, 32.5, 35, 36.5, 37, 40, 45, 48, 46, 47, 41),
+    "laterite": (13, 19.5, 29.5, 32, 34, 35, 38, 43, 47, 45, 46, 40),
     "gravel": (16, 21.5, 25.5, 26.5, 27, 28, 29, 31, 33, 30, 29, 25),
     "sand": (20, 29, 36, 38, 39.5, 41, 44, 48, 53, 47, 46, 41),
-    "lawn": (4.6, 11.6, 9.2, 15.8, 28.7, 34, 36, 35, 25, 13.2, 15, 8.6),
-    "grass_dry": (7.6, 14.6, 15.6, 19.4, 25.1, 30.4, 35, 38, 35.6, 26.3, 25.9, 18.2),
+    "lawn": (5, 10.4, 8.8, 14, 29.5, 35.5, 36.5, 35, 24.5, 12.8, 14.6, 8.4),
+    "grass_dry": (8, 13.8, 15.8, 19.4, 25.1, 30.4, 35, 38, 35.6, 26.3, 25.9, 18.2),
     "straw": (14.6, 22.5, 30.3, 35.1, 39.8, 45.5, 51.3, 53.7, 49.6, 39.9, 36.7, 31.1),
-    "crop": (3.6, 9.4, 5.6, 13.4, 33.2, 40.3, 40.4, 36.2, 20.9, 9.5, 11.7, 6.9),
+    "crop": (3.6, 8.2, 5.6, 12.6, 33.2, 40.3, 40.4, 36.2, 20.9, 9.5, 11.7, 6.9),
     "crop_pale": (5.4, 13.5, 10.8, 18.4, 33, 40, 41.6, 38.4, 26.2, 15.2, 16.1, 10.1),
-    "leaf": (3.3, 8.4, 5.1, 11.2, 28.2, 35.4, 35.2, 31.1, 16.4, 6.2, 8.2, 4.6),
-    "leaf_dark": (2.2, 5.6, 3.2, 8.4, 23, 29.4, 29, 25.4, 12.5, 4.2, 5.9, 3.3),
-    "leaf_bright": (4.9, 13.2, 8, 16.5, 34, 41, 41, 36, 20.5, 8.7, 11.4, 6.5),
+    "leaf": (2.9, 7, 4.9, 9.4, 30, 38, 38, 33.5, 17.5, 6.6, 8.8, 5.2),
+    "leaf_dark": (2, 4.9, 3.2, 7, 25, 32, 32, 28, 13.5, 4.6, 6.4, 3.7),
+    "leaf_bright": (4.3, 11.2, 7.8, 14.5, 36, 44, 44, 38.5, 22, 9.2, 12, 7),
     "water": (2.4, 3.2, 1.9, 1.5, 1, .7, .4, .2, .1, .05, .05, .05),
-    "water_muddy": (4.2, 7.4, 7.6, 6.6, 4, 2.4, 0.8, 0.3, 0.2, 0.1, 0.1, 0.1),
+    "water_muddy": (4, 6.6, 6, 4.6, 2.2, 1.4, 0.6, 0.3, 0.2, 0.1, 0.1, 0.1),
     "water_green": (3.2, 6, 3.4, 2.8, 1.5, 1, 0.5, 0.2, 0.1, 0.05, 0.05, 0.05),
     "pool": (35, 29, 9.5, 6, 4, 3, 1.5, .8, .4, .2, .2, .2),
     "bloom": (4.4, 17.5, 13.5, 19.5, 35, 42, 42, 38, 24, 11.5, 13.5, 8), "twigs": (5.6, 8, 10.5, 12.5, 16, 20, 25, 29, 28, 20, 19, 14),
@@ -72,7 +72,8 @@ LEAVES = {  # chlorophyll, carotenoids, water, dry matter, brown pigment, layers
     "young": (14.7, 14, .03, .003, .03, 1.75), "tree": (20.2, 10.2, .03, .012, .2, 1.3), "fresh": (10, 7, .028, .006, .05, 1.6)}
 PLANTS = {  # material: its leaves, the leaf area, the ground; fitted to the anchors
     "lawn": ("turf", 1., "soil"), "grass_dry": ("hay", .33, "soil"), "crop": ("field", 1.4, "soil"), "crop_pale": ("young", .8, "soil"),
-    "leaf": ("tree", 1.7, "soil_dark"), "leaf_dark": ("tree", 1.8, "soil_dark"), "leaf_bright": ("fresh", 1.5, "soil_dark"), "bloom": ("young", 1.3, "soil")}
+    "leaf": ("tree", 1.7, "soil_dark"), "leaf_dark": ("tree", 1.8, "soil_dark"), "leaf_bright": ("fresh", 1.5, "soil_dark"),
+    "bloom": ("young", 1.3, "soil")}
 
 def anchored(
     curve:np.ndarray,    # A model, on `GRID`
@@ -87,8 +88,9 @@ DIPS = {  # centre nm, depth, width nm
     "clay": ((2205, .07, 17),), "carbonate": ((2340, .06, 22),), "iron": ((480, .03, 28), (880, .05, 45)),
     "cellulose": ((2100, .09, 35), (2320, .05, 30)), "plastic": ((1210, .05, 14), (1730, .11, 18), (2310, .12, 22))}
 CONTAINS = {
-    "clay_tile": ("iron",), "laterite": ("clay", "iron"), "soil": ("clay",), "soil_light": ("clay",), "sand": ("carbonate",), "gravel": ("carbonate",),
-    "concrete": ("carbonate",), "concrete_bright": ("carbonate",), "cement_tile": ("carbonate",), "iron_rusty": ("iron",), "straw": ("cellulose",),
+    "clay_tile": ("iron",), "laterite": ("clay", "iron"), "soil": ("clay",), "soil_light": ("clay",), "sand": ("carbonate",),
+    "gravel": ("carbonate",), "concrete": ("carbonate",), "concrete_bright": ("carbonate",), "cement_tile": ("carbonate",),
+    "iron_rusty": ("iron",), "straw": ("cellulose",),
     "thatch": ("cellulose",), "grass_dry": ("cellulose",), "twigs": ("cellulose",), "membrane_white": ("plastic",), "membrane_grey": ("plastic",),
     "tarpaulin": ("plastic",), "paint_blue": ("plastic",), "paint_green": ("plastic",), "paint_red": ("plastic",), "bitumen": ("plastic",)}
 
@@ -105,7 +107,8 @@ OPEN = .08                      # share of the ground always seen between plants
 CANOPIES = {f"{leaves}_{lai:g}": (leaves, lai, "soil", .2 if leaves == "yellow" else .5 if leaves == "brown" else 0.)  # leaves, area, ground, straw
             for leaves in ("deep", "pale", "yellow", "brown") for lai in STEPS if lai > .5 or leaves in ("deep", "pale")}
 CANOPIES |= {f"{leaves}_{lai:g}_red": (leaves, lai, "laterite", 0.) for leaves in ("deep", "pale") for lai in STEPS[:2]}
-CANOPIES |= {"reeds": ("reed", 3., "soil_dark", .15), "leaf_autumn": ("autumn", 3., "soil_dark", .1), "leaf_conifer": ("conifer", 4., "soil_dark", 0.)}
+CANOPIES |= {"reeds": ("reed", 3., "soil_dark", .15), "leaf_autumn": ("autumn", 3., "soil_dark", .1),
+             "leaf_conifer": ("conifer", 4., "soil_dark", 0.)}
 SHADE = {"leaf_autumn": .8, "leaf_conifer": .72, "reeds": .9}  # share of light left by the shadows inside crowns
 MIXED = {"stubble": {"straw": .45, "soil": .55}, "stubble_red": {"straw": .4, "laterite": .6}, "tilled": {"soil": .5, "soil_dark": .5},
          "tilled_red": {"laterite": .75, "soil_dark": .25}}

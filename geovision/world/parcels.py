@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IRON', 'HUTS', 'FARMS', 'SLUM', 'FLAT', 'TILES', 'ROWS', 'HALLS', 'BIG', 'FABRICS', 'COLUMNS', 'SHEDS', 'NEXT',
-           'frame', 'to_world', 'lots', 'shards', 'Fabric', 'Parcels', 'rectangles', 'parcels', 'contours', 'parts',
-           'corners', 'Buildings', 'join', 'outlines', 'fit', 'without_overlaps', 'dated', 'successors', 'buildings',
-           'built_on']
+           'frame', 'to_world', 'lots', 'shards', 'Fabric', 'Parcels', 'rectangles', 'shared_corners', 'parcels',
+           'contours', 'parts', 'corners', 'Buildings', 'join', 'outlines', 'fit', 'without_overlaps', 'dated',
+           'successors', 'buildings', 'built_on']
 
 # %% ../../nbs/world/40_parcels.ipynb #8eb4a8be
 from dataclasses import dataclass
@@ -109,12 +109,13 @@ class Fabric:
     lean:float = 0.        # Share of sheds that lean on the main building
     wobble:float = .012    # How far directions stray from the lot's, radians
     bite:tuple = (-.3, .35) # Where the notches of L and T begin; near 1 they are small
+    towers:float = 0.      # Share of square towers of the greatest height
     row:bool = False       # Neighbours share front line, breadth and roof: one long terrace
 
-IRON = {"iron_new": .2, "iron_rusty": .27, "iron_faded": .23, "paint_red": .2, "clay_tile": .07, "paint_blue": .02, "paint_green": .01}
+IRON = {"iron_new": .15, "iron_rusty": .24, "iron_faded": .27, "paint_red": .24, "clay_tile": .06, "paint_blue": .02, "paint_green": .02}
 HUTS = {"iron_new": .42, "iron_rusty": .3, "thatch": .28}
 FARMS = {"clay_tile": .5, "iron_rusty": .3, "iron_new": .2}
-SLUM = {"iron_new": .4, "iron_rusty": .3, "iron_faded": .13, "paint_red": .12, "paint_blue": .03, "paint_green": .02}
+SLUM = {"iron_new": .5, "iron_rusty": .22, "iron_faded": .15, "paint_red": .1, "paint_blue": .02, "paint_green": .01}
 FLAT = {"bitumen": .24, "membrane_grey": .3, "concrete": .28, "membrane_white": .12, "clay_tile": .06}
 TILES = {"clay_tile": .5, "tile_tan": .2, "cement_tile": .1, "bitumen": .2}
 ROWS = {"clay_tile": .45, "bitumen": .35, "cement_tile": .2}
@@ -125,11 +126,11 @@ BIG = ((7, 18), (5, 11))
 FABRICS = {
     "suburb": Fabric(31, 17, .97, (13.5, 17), (13, 18), 5., "ILLTTU", .12, (1, 2), (.3, .5), .75, TILES, .01),
     "terrace": Fabric(28, 6.2, .98, (99, 99), (8.4, 10.5), 4.5, "I", .5, (2, 3), (.4, .7), .05, ROWS, 0., side=.02, row=True),
-    "town": Fabric(25, 16.2, .98, (10.5, 17), (7.8, 11.6), 2., "IIIIIILLLTU", 1.85, (1, 1), (.16, .34), .3, IRON, .2,
+    "town": Fabric(25, 15.6, .98, (10.5, 17), (7.8, 11.6), 2., "IIIIIILLLTU", 1.85, (1, 1), (.16, .34), .3, IRON, .2,
                    shed=((3.8, 11), (3, 6.2)), spread=.4, lean=.85, wobble=.05, bite=(.25, .75)),
     "dense": Fabric(70, 0, .99, (0, 0), (0, 0), 0, "IIIIIL", 0, (1, 1), (.1, .22), .04, SLUM, .0),
     "core": Fabric(38, 24, .97, (60, 60), (24, 34), 1.3, "ILLUUCCC", .25, (3, 7), (0, .25), .4, FLAT, 0, side=.03),
-    "estate": Fabric(64, 62, .9, (34, 56), (11, 14), 12, "III", .6, (4, 11), (0, 0), 0, FLAT, .06, shed=BIG),
+    "estate": Fabric(64, 62, .9, (34, 56), (11, 14), 12, "III", .6, (4, 11), (0, 0), 0, FLAT, .06, shed=BIG, towers=.3),
     "industry": Fabric(74, 62, .92, (30, 54), (20, 42), 9, "IIL", .9, (2, 3), (.0, .16), .1, HALLS, .02, shed=BIG),
     "village": Fabric(36, 30, .5, (6, 11), (4.5, 7), 8, "IIIIL", 1.5, (1, 1), (.25, .5), .3, HUTS, .4),
     "farmland": Fabric(15000, 0, .04, (9, 16), (7, 10), 10, "IILU", 2.5, (1, 2), (.35, .7), .2, FARMS, .2),
@@ -169,6 +170,26 @@ def rectangles(
     u, v = box[:, [0, 2, 2, 0]], box[:, [1, 1, 3, 3]]
     return shapely.polygons(to_world(u, v, f[:, None]))
 
+# %% ../../nbs/world/40_parcels.ipynb #edab807a
+def shared_corners(
+    shapes:np.ndarray,    # Polygons that touch but do not overlap
+    reach:float=2e-6,     # How close a corner lies to a side it touches, metres
+)->np.ndarray:            # The same with each other's corners
+    "Give neighbours the same vertices along their shared borders."
+    plain = np.flatnonzero(shapely.get_num_interior_rings(shapes) == 0)
+    if not len(plain): return shapes
+    corner = shapely.points(np.unique(shapely.get_coordinates(shapes).round(6), axis=0))
+    ring = shapely.get_exterior_ring(shapes[plain])
+    one, two = shapely.STRtree(corner).query(ring, predicate="dwithin", distance=reach)
+    order = np.lexsort((shapely.line_locate_point(ring[one], corner[two]), one))
+    one, two = one[order], two[order]
+    full = np.flatnonzero(np.bincount(one, minlength=len(plain)) > 2)
+    use, out = np.isin(one, full), shapes.copy()
+    new = shapely.polygons(shapely.linearrings(shapely.get_coordinates(corner[two[use]]), indices=np.unique(one[use], return_inverse=True)[1]))
+    ok = shapely.is_valid(new)
+    out[plain[full[ok]]] = new[ok]
+    return out
+
 # %% ../../nbs/world/40_parcels.ipynb #1c9ca654
 def parcels(
     d:District,     # The district
@@ -179,7 +200,7 @@ def parcels(
     for k, block in enumerate(blocks):
         part, fs, box, gap = make(d, block, rng_of(d.land.plan.seed, "parcels", d.i, d.j, k))
         ok = shapely.get_type_id(part) == 3
-        rows.append((np.full(ok.sum(), k), part[ok], fs[ok], box[ok], gap[ok]))
+        rows.append((np.full(ok.sum(), k), shared_corners(part[ok]), fs[ok], box[ok], gap[ok]))
     if not rows: rows = [(np.zeros(0, int), np.zeros(0, object), np.zeros((0, 6)), np.zeros((0, 4)), np.zeros((0, 4)))]
     block, shape, fs, box, gap = (np.concatenate(c) for c in zip(*rows))
     return Parcels(code(d.i, d.j) * 8192 + np.arange(len(block)), block, shape, fs, box, gap)
@@ -225,7 +246,8 @@ def _circle(d, block, rng):
     if r < 60: return _pieces([block])
     disc, f = shapely.buffer(middle, r, quad_segs=24), frame(block)
     (x, y), c, s = shapely.get_coordinates(middle)[0], *(f[2:4] * 2 * f[4])
-    cross = shapely.union_all([block.boundary, disc.boundary, *shapely.linestrings([[[x - c, y - s], [x + c, y + s]], [[x + s, y - c], [x - s, y + c]]])])
+    arms = shapely.linestrings([[[x - c, y - s], [x + c, y + s]], [[x + s, y - c], [x - s, y + c]]])
+    cross = shapely.union_all([block.boundary, disc.boundary, *arms])
     rest = [p for p in shapely.get_parts(shapely.polygonize([cross])) if block.contains(p.representative_point())]
     return _pieces([disc] + [p for p in rest if not disc.contains(p.representative_point())])
 
@@ -374,9 +396,16 @@ def _draw(
     size, same = np.exp(rng.normal(0, 0 if shed else fab.spread, n)), _alike(lot, fab.row and not shed)
     spans, rooms = fab.shed if shed else (fab.length, fab.breadth), (half[0] - fab.side, half[1] * .96)
     a, b = (np.minimum(rng.uniform(*s, n) * size / 2, room) for s, room in zip(spans, rooms))
+    if fab.towers and not shed: a, b = _squared(a, b, fab.towers, rng)
     x, y, turn = (_behind if shed else _front)(fab, lot, half, a, b[same], same, rng)
     if shed and fab.lean: x, y, turn = _leaning(fab, home, row, (x, y, turn), a, b, rng)
     return _finish(d, fab, slot, lot, row, (x, y, turn, a, b[same]), rng, same)
+
+def _squared(a, b, share, rng):
+    "Turn a share of slabs into towers."
+    tower = rng.random(len(a)) < share
+    side = np.minimum(rng.uniform(8.5, 12, len(a)), a)
+    return np.where(tower, side, a), np.where(tower, side * rng.uniform(.85, 1, len(a)), b)
 
 def _alike(
     lot:Parcels,     # Lots
@@ -440,27 +469,37 @@ def _finish(
 )->Buildings:      # A table with all columns but checked outlines
     "Choose shape, height, roof and material of drawn buildings."
     n, (x, y, turn, a, b), shed = len(lot), place, slot in SHEDS
-    letter = np.where(np.minimum(a, b) < 2.8, "I", rng.choice(list("I" if shed else fab.shapes), n))
-    k, q = rng.uniform(*fab.bite, n), rng.uniform(*fab.bite, n)
-    letter = np.where((letter == "C") & (np.minimum(a, b) < 8), "U", letter)
-    k = np.where(letter == "C", rng.uniform(.3, .5, n), k)
-    q = np.where(letter == "C", rng.uniform(.3, .6, n), q)
-    q = np.where(letter == "U", rng.uniform(.2, .5, n), np.where(letter == "T", rng.uniform(.25, .55, n), q))
+    letter, k, q = _letters("I" if shed else fab.shapes, fab.bite, a, b, rng)
     storeys = np.ones(n, int) if shed else rng.integers(fab.storeys[0], fab.storeys[1] + 1, n)
+    if fab.towers and not shed: storeys = np.where(a < 1.3 * b, fab.storeys[1], storeys)
     eave = storeys * rng.uniform(2.7, 3.3, n) * (.8 if shed else 1) + (2. if d.kind == "industry" and not shed else 0)
     pitch = rng.uniform(*fab.pitch, n) if fab.pitch[1] else np.zeros(n)
     storeys, eave, pitch = storeys[same], eave[same], np.where(letter == "C", 0., pitch[same])
     pitch = np.where(pitch < .06, 0., np.where(np.minimum(a, b) > 9, np.minimum(pitch, .12), pitch))
-    roofs, share = list(fab.roofs), np.array(list(fab.roofs.values()))
-    near = noise_at(x, y, 60., seed_of(d.land.plan.seed, "roofs")) * .5 + .5    # neighbours like the same materials
-    u = np.where(rng.random(n) < .25, near, rng.random(n))
-    roof = np.array(roofs, object)[np.searchsorted(np.cumsum(share / share.sum()), u).clip(0, len(roofs) - 1)]
-    roof = roof[same]
+    roof = _roofing(d, fab, x, y, rng)[same]
     roof = np.where((roof == "thatch") & (a > 4.5), "iron_new", roof)
     shape = outlines(letter, x, y, turn, a, b, k, q)
-    hip = (rng.random(n) < fab.hip) | (roof == "thatch")
+    hip = (rng.random(n) < fab.hip)[same] | (roof == "thatch")
     days = np.zeros(n, np.int64), np.full(n, NEVER)
     return Buildings(lot.id * 4 + slot, row, shape, letter, x, y, turn, a, b, k, q, eave, pitch, hip, roof, storeys, *days)
+
+def _letters(shapes, bite, a, b, rng):
+    "Shapes and where their arms begin; small buildings are plain boxes, small courts stay open."
+    n, small = len(a), np.minimum(a, b)
+    letter = np.where(small < 2.8, "I", rng.choice(list(shapes), n))
+    letter = np.where((letter == "C") & (small < 8), "U", letter)
+    draws = {"T": (bite, (.25, .55)), "U": (bite, (.2, .5)), "C": ((.3, .5), (.3, .6))}
+    k, q = rng.uniform(*bite, n), rng.uniform(*bite, n)
+    for name, (first, second) in draws.items():
+        k, q = np.where(letter == name, rng.uniform(*first, n), k), np.where(letter == name, rng.uniform(*second, n), q)
+    return letter, k, q
+
+def _roofing(d, fab, x, y, rng):
+    "Materials of roofs; neighbours like the same."
+    roofs, share = list(fab.roofs), np.array(list(fab.roofs.values()))
+    near = noise_at(x, y, 60., seed_of(d.land.plan.seed, "roofs")) * .5 + .5
+    u = np.where(rng.random(len(x)) < .25, near, rng.random(len(x)))
+    return np.array(roofs, object)[np.searchsorted(np.cumsum(share / share.sum()), u).clip(0, len(roofs) - 1)]
 
 # %% ../../nbs/world/40_parcels.ipynb #c78455b7
 def fit(
@@ -502,27 +541,29 @@ def _huddle(
     slot:int=0,      # 3 for successors
 )->Buildings:        # One building per shard
     "Buildings that fill their piece of land."
-    n, g = len(lot), lot.gap
-    inner = lot.box + g * [1, 1, -1, -1]
-    size = inner[:, 2:] - inner[:, :2]
+    inner = lot.box + lot.gap * [1, 1, -1, -1]
+    size, mid = inner[:, 2:] - inner[:, :2], (inner[:, :2] + inner[:, 2:]) / 2
+    x, y = to_world(mid[:, 0], mid[:, 1], lot.frame).T
+    a, b = size.max(1) / 2, size.min(1) / 2
+    turn = np.arctan2(lot.frame[:, 3], lot.frame[:, 2]) + np.where(size[:, 0] >= size[:, 1], 0, np.pi / 2)
+    out = _finish(d, FABRICS[d.kind], slot, lot, row, (x, y, turn, a, b), rng)
+    out.shape, room = np.where(out.letter == "I", _quads(lot, inner, size, mid, rng), out.shape), shapely.buffer(lot.shape, -.08, join_style="mitre")
+    good = (size.min(1) > 1.8) & (b > .36 * a)
+    tight = np.flatnonzero(~shapely.covers(room, out.shape) & good)
+    square = rng.random(len(tight)) < .4
+    return join([out.take(good & ~np.isin(np.arange(len(lot)), tight)), _trimmed(out.take(tight[~square]), room[tight[~square]]),
+                 _slanted(fit(out.take(tight[square]), room[tight[square]]), rng)])
+
+def _quads(lot, inner, size, mid, rng):
+    "Boxes with leaning walls and corners pulled inwards."
+    n = len(lot)
     pull = rng.beta(1, 6, (n, 4, 2)) * .1 * size[:, None]
     sign = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
     uv = np.stack([inner[:, [0, 2, 2, 0]], inner[:, [1, 1, 3, 3]]], -1) + pull * sign
-    mid, slant = (inner[:, :2] + inner[:, 2:]) / 2, (rng.uniform(.045, .09, n) * np.where(rng.random(n) < .5, -1, 1))[:, None]
+    slant = (rng.uniform(.045, .09, n) * np.where(rng.random(n) < .5, -1, 1))[:, None]
     wide = (size[:, 1] / size[:, 0])[:, None] * np.abs(slant)
     u = mid[:, :1] + (uv[..., 0] - mid[:, :1] + slant * (uv[..., 1] - mid[:, 1:])) / (1 + wide)
-    quads = shapely.polygons(to_world(u, uv[..., 1], lot.frame[:, None]))
-    x, y = to_world(mid[:, 0], mid[:, 1], lot.frame).T
-    wide = size[:, 0] >= size[:, 1]
-    a, b = size.max(1) / 2, size.min(1) / 2
-    turn = np.arctan2(lot.frame[:, 3], lot.frame[:, 2]) + np.where(wide, 0, np.pi / 2)
-    out = _finish(d, FABRICS[d.kind], slot, lot, row, (x, y, turn, a, b), rng)
-    shape, room = np.where(out.letter == "I", quads, out.shape), shapely.buffer(lot.shape, -.08, join_style="mitre")
-    out.shape, good = shape, (size.min(1) > 1.8) & (b > .36 * a)
-    tight = np.flatnonzero(~shapely.covers(room, shape) & good)
-    square = rng.random(len(tight)) < .4
-    return join([out.take(good & ~np.isin(np.arange(n), tight)), _trimmed(out.take(tight[~square]), room[tight[~square]]),
-                 _slanted(fit(out.take(tight[square]), room[tight[square]]), rng)])
+    return shapely.polygons(to_world(u, uv[..., 1], lot.frame[:, None]))
 
 def _slanted(b, rng):
     "Lean the walls of boxes a few degrees; they stay inside their box."

@@ -109,6 +109,7 @@ SHEETS = ("iron", "paint", "solar", "tarpaulin")
 
 def kinds(
     scene:Scene,    # Contents of a window
+    crops:np.ndarray|None=None,  # Crop of every field of the scene; fallow by default
 )->np.ndarray:      # Name of the kind of every object, paint first, then trees
     "What everything is to a radar."
     p = scene.paint
@@ -117,7 +118,8 @@ def kinds(
     built = (p.layer == LAYERS.index("building")) & (p.a >= 0)
     out[built] = roof[p.a[built]]
     rows = np.flatnonzero(np.isfinite(p.angle))
-    out[rows] = [CROP.get(c, "leafy") for c in scene.crops.crop[p.row[rows]]]
+    grown = np.full(len(scene.crops), "fallow", object) if crops is None else crops
+    out[rows] = [CROP.get(c, "leafy") for c in grown[p.row[rows]]]
     return np.concatenate([out, np.full(len(scene.wood), "tree", object)])
 
 # %% ../../nbs/world/87_radar.ipynb #2b732b5b
@@ -129,9 +131,10 @@ def strengths(
     wind:float=0.,            # 0 calm, 1 a fresh breeze
     wet:float=0.,             # 0 dry ground, 1 after rain
     green:np.ndarray|None=None,  # Green share of each field; half by default
+    crops:np.ndarray|None=None,  # Crop of each field; fallow by default
 )->tuple:                     # Power (bands, objects + 2) and exponents (objects + 2); the first is emptiness, the last flood water
     "How strongly every object answers at 38 degrees."
-    kind, p, wood = kinds(scene), scene.paint, scene.wood
+    kind, p, wood = kinds(scene, crops), scene.paint, scene.wood
     own = np.concatenate([1.25 * np.clip(p.draw[:, 0], -2.2, 2.2), .8 * wood.tone])
     share = np.ones(len(kind))
     rows = np.flatnonzero(np.isfinite(p.angle))
@@ -424,6 +427,7 @@ def radar_image(
     orbit:str="ascending",   # Name of the pass
     flooded:np.ndarray|None=None,  # Where water stands, fine
     green:np.ndarray|None=None,    # Green share of each field of the scene
+    crops:np.ndarray|None=None,    # Crop of each field of the scene
     wet:float=0.,            # 0 dry ground, 1 after rain
     noise:bool=True,         # With thermal noise and speckle
 )->np.ndarray:               # Sigma nought, dB
@@ -439,7 +443,7 @@ def radar_image(
     returned : dB of sigma nought on flat ground
     """
     grid = Grid(fine.i // n, fine.j // n, fine.w // n, fine.h // n, fine.gsd * n, fine.x0, fine.y0)
-    table = strengths(scene, camera, float(uniform(when, 0, seed_of(plan.seed, "wind"))), wet, green)
+    table = strengths(scene, camera, float(uniform(when, 0, seed_of(plan.seed, "wind"))), wet, green, crops)
     clean = echoes(scene, rel, plan, fine, n, ground, camera, orbit, flooded, table)
     texture = fbm(grid.x, grid.y, 60., 3, .6, seed_of(plan.seed, "radar"), grid.gsd)
     out = []

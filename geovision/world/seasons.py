@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECOND', 'STATES', 'STUBBLE', 'GREEN', 'NUMBER', 'LADDER', 'WITHER', 'CARE', 'turns', 'current', 'FieldState',
-           'field_state', 'grass_share', 'rung', 'field_look', 'wetness', 'tree_look', 'field_yield']
+           'field_state', 'grass_share', 'wetness', 'rung', 'field_look', 'tree_look', 'field_yield']
 
 # %% ../../nbs/world/62_seasons.ipynb #d8cf8153
 from dataclasses import dataclass
@@ -122,10 +122,24 @@ def grass_share(
     cold = np.clip((4 - w.temperature[last] @ fading) / 8, 0, 1)
     return float(-.15 + .75 * thirst * (1 - cold) + .35 * cold)
 
+# %% ../../nbs/world/62_seasons.ipynb #200eb654
+@lru_cache(512)
+def wetness(
+    when:int,          # Day number
+    lat:float,         # Degrees north
+    seed:int,          # Of the world
+    height:float=0.,   # Metres above the sea
+)->float:              # 0 dry to 1 soaked
+    "How wet the surface of bare soil is: rain of the last ten days, the latest most."
+    w = weather(lat, seed, DAY0, year_start(2034), height)
+    last = slice(max(0, when - DAY0 - 9), when - DAY0 + 1)
+    return float(np.clip((w.rain[last] * .7 ** np.arange(len(w.rain[last]))[::-1]).sum() / 12, 0, 1))
+
 # %% ../../nbs/world/62_seasons.ipynb #1443c89d
 GREEN = {name: "deep" if name in ("wheat", "rapeseed", "maize", "beet") else "pale" for name in CROPS}
 NUMBER = {name: k for k, name in enumerate(NAMES)}
-LADDER = {(green, red): np.array([NUMBER["laterite" if red else "soil"], *(NUMBER[f"{green}_{k:g}" + ("_red" if red and k <= 1 else "")] for k in STEPS)])
+LADDER = {(green, red): np.array([NUMBER["laterite" if red else "soil"],
+                                  *(NUMBER[f"{green}_{k:g}" + ("_red" if red and k <= 1 else "")] for k in STEPS)])
           for green in ("deep", "pale") for red in (False, True)}
 WITHER = np.array([[NUMBER[f"{kind}_{k:g}"] for k in STEPS[1:]] for kind in ("yellow", "brown")])
 
@@ -175,18 +189,6 @@ def field_look(
     bloom = np.where((st.season.crop == "rapeseed") & (st.state == 1), .6 * np.exp(-.5 * ((st.stage - 1.14) / .1) ** 2), 0)
     show = bloom > .04
     return a, np.where(show, NUMBER["bloom"], b), np.where(show, bloom, share)
-
-@lru_cache(512)
-def wetness(
-    when:int,          # Day number
-    lat:float,         # Degrees north
-    seed:int,          # Of the world
-    height:float=0.,   # Metres above the sea
-)->float:              # 0 dry to 1 soaked
-    "How wet the surface of bare soil is: rain of the last ten days, the latest most."
-    w = weather(lat, seed, DAY0, year_start(2034), height)
-    last = slice(max(0, when - DAY0 - 9), when - DAY0 + 1)
-    return float(np.clip((w.rain[last] * .7 ** np.arange(len(w.rain[last]))[::-1]).sum() / 12, 0, 1))
 
 # %% ../../nbs/world/62_seasons.ipynb #59786992
 def tree_look(

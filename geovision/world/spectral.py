@@ -8,7 +8,6 @@ __all__ = ['abundances', 'mixed', 'store']
 # %% ../../nbs/world/85_spectral.ipynb #100c6613
 import numpy as np
 from .geometry import blur
-from .materials import NAMES
 from .noise import normal
 from .render import LEVELS, Look
 from .sensors import Sensor, sky_share

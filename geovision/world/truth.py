@@ -6,7 +6,7 @@
 __all__ = ['TRUTH', 'VECTORS', 'CHANGE', 'CROP_NAMES', 'MAPS', 'ROOM', 'TABLES', 'dates', 'crown_discs', 'outlines_of',
            'burnt_in', 'truth', 'people_in', 'vectors', 'network', 'cause']
 
-# %% ../../nbs/world/93_truth.ipynb #832bb0d8
+# %% ../../nbs/world/93_truth.ipynb #fed46b7c
 import numpy as np
 import shapely
 from ..core.errors import BadValue, NotFound, unknown_name
@@ -18,7 +18,7 @@ from .fields import Trees
 from .floods import flood_depth, flood_stage
 from .materials import COVERS, LANDCOVER
 from .parcels import Buildings
-from .planet import World, scars
+from .planet import World, roofs_at, scars
 from .roads import LANES, SPEED, corridors, road_graph
 from .seasons import field_state, field_yield
 from .sensors import sensor as find_sensor
@@ -180,10 +180,10 @@ def people_in(
 # %% ../../nbs/world/93_truth.ipynb #4d72c6b4
 def _buildings(c, when, lat):
     "Buildings of a cell."
-    b, lot = c.homes.at(when), c.lots
+    b, lot = c.homes.at(when) if when else c.homes, c.lots
     form = np.where(b.pitch == 0, "flat", np.where(b.hip, "hip", "gable"))
-    return dict(id=b.id, height=(b.eave + b.pitch * np.minimum(b.a, b.b) / 2).round(2), storeys=b.storeys, roof=b.roof, form=form, parcel=lot.id[b.parcel],
-                fabric=np.full(len(b), c.kind), people=people_in(c, b).round(2), built=dates(b.born), demolished=dates(b.gone), geometry=b.shape)
+    return dict(id=b.id, height=(b.eave + b.pitch * np.minimum(b.a, b.b) / 2).round(2), storeys=b.storeys, roof=roofs_at(b.roof, lat), form=form, parcel=lot.id[b.parcel],
+                fabric=np.full(len(b), c.kind), people=people_in(c, b).round(2), born=b.born, gone=b.gone, built=dates(b.born), demolished=dates(b.gone), geometry=b.shape)
 
 def _parcels(c, when, lat):
     "The cadastre of a cell."
@@ -200,8 +200,8 @@ def _fields(c, when, lat):
 
 def _roads(c, when, lat):
     "Roads of a cell."
-    roads = [(s.id, s.kind, s.width, LANES[s.kind], SPEED[s.kind], s.surface, s.start, s.end, s.axis) for s in c.own_roads if s.born <= when]
-    names = ("id", "class", "width", "lanes", "speed", "surface", "from_node", "to_node", "geometry")
+    roads = [(s.id, s.kind, s.width, LANES[s.kind], SPEED[s.kind], s.surface, s.born, s.start, s.end, s.axis) for s in c.own_roads if not when or s.born <= when]
+    names = ("id", "class", "width", "lanes", "speed", "surface", "born", "from_node", "to_node", "geometry")
     return {n: np.array([r[k] for r in roads], object if n in ("class", "surface", "geometry") else None) for k, n in enumerate(names)}
 
 def _trees(c, when, lat): return dict(radius=c.wood.r, height=c.wood.h, geometry=crown_discs(c.wood))
@@ -214,7 +214,7 @@ def vectors(
     self:World,      # The world
     kind:str,        # One of `VECTORS`
     bounds:tuple,    # x0, y0, x1, y1
-    date=None,       # As in `view`
+    date=None,       # As in `view`, or "all" for buildings and roads of all days, with the days they appear (`born`) and are gone
 ):                   # A GeoDataFrame in the world's system
     """Objects as polygons or lines; ids are unique in the world and the same in every window.
 
@@ -226,7 +226,7 @@ def vectors(
     import geopandas as gpd
     import pandas as pd
     if kind not in VECTORS: raise unknown_name("kind of vectors", kind, VECTORS)
-    when = when_of(date)
+    when = 0 if date == "all" and kind in ("buildings", "roads") else when_of(date)
     box = self.grid(bounds, 1.).bounds
     parts = [pd.DataFrame(TABLES[kind](c, when, self.latitude)) for c in self.cells((box[0] - 15, box[1] - 15, box[2] + 15, box[3] + 15))]
     table = pd.concat(parts, ignore_index=True)

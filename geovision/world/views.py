@@ -254,7 +254,7 @@ def above_ground(
     tex = textures(world.plan, grid)
     return geometry(world.scene(grid, when), world.plan, grid, tex.leaf, (180., 60.), palms_at(world.latitude)).tall
 
-# %% ../../nbs/world/91_views.ipynb #d7e5f7c4
+# %% ../../nbs/world/91_views.ipynb #855dbe3e
 RADARS = {"sentinel1": SENTINEL1, "quadpol": QUADPOL}
 
 def radar(
@@ -271,9 +271,10 @@ def radar(
     scene = world.scene(fine, shot.when, shot.without)
     rel = geometry(scene, plan, fine, textures(plan, fine).leaf, (180., 60.), palms_at(lat))
     ground = interpolated(lambda x, y: relief(plan, x, y), wide)
-    green = 1 - np.exp(-.5 * field_state(scene.crops, shot.when, lat, seed).lai) if len(scene.crops) else None
+    fields = field_state(scene.crops, shot.when, lat, seed)
     wet = standing_water(world, fine, rel, shot.when)
-    image = radar_image(scene, rel, plan, fine, n, ground, facts, shot.when, shot.orbit, wet, green, wetness(shot.when, lat, seed))
+    image = radar_image(scene, rel, plan, fine, n, ground, facts, shot.when, shot.orbit, wet, 1 - np.exp(-.5 * fields.lai), fields.season.crop,
+                        wetness(shot.when, lat, seed))
     return crop(image, (m, m, m, m))
 
 def night(
@@ -290,7 +291,7 @@ def night(
     image = night_image(lamps, join([c.homes.at(shot.when) for c in cells]), grid.pad(m, m, m, m), world.plan.seed, shot.when)
     return crop(image, (m, m, m, m))
 
-# %% ../../nbs/world/91_views.ipynb #887c9ab5
+# %% ../../nbs/world/91_views.ipynb #adb10034
 TILE = 1024  # larger pictures are made in pieces of this many pixels
 
 def pieces(
@@ -312,7 +313,8 @@ def _fits(shape, dtype):
     "Refuse pictures that would not fit into memory."
     need, there = int(np.prod(shape)) * np.dtype(dtype).itemsize, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > there / 2:
-        raise BadValue(f"a picture of {shape} takes {need / 2**30:.0f} GiB", f"this machine has {there / 2**30:.0f}", "ask for smaller windows, or let world.write store it in a file")
+        raise BadValue(f"a picture of {shape} takes {need / 2**30:.0f} GiB", f"this machine has {there / 2**30:.0f}",
+                       "ask for smaller windows, or let world.write store it in a file")
 
 def draw(
     world:World,     # The world
