@@ -9,6 +9,8 @@ __all__ = ['collate']
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..core.errors import BadValue, DataError
 
 # %% ../../nbs/data/75_batch.ipynb #312278e8
@@ -28,7 +30,7 @@ def collate(
     if not samples: raise BadValue("a batch needs at least one sample")
     keys = dict.fromkeys(k for s in samples for k in s)
     if any("valid" in s for s in samples): samples = [s if "valid" in s else {**s, "valid": _whole(s)} for s in samples]
-    if isinstance(samples[0].get("time"), list): samples = _padded(samples)
+    if isinstance(samples[0].get("time"), (list, np.ndarray)): samples = _padded(samples)
     return {k: _join(k, [s.get(k) for s in samples]) for k in [*keys, *(["frames"] if "frames" in samples[0] else [])]}
 
 
@@ -51,7 +53,6 @@ def _padded(samples):
 
 def _stacked(tensors):
     "One tensor; plain ones by NumPy, whose copy does not wait for threads that others keep busy."
-    import numpy as np
     import torch
     plain = all(type(t) is torch.Tensor and t.device.type == "cpu" and not t.requires_grad and t.ndim for t in tensors)
     return torch.from_numpy(np.stack([t.numpy() for t in tensors])) if plain else torch.stack(tensors)

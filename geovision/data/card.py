@@ -57,7 +57,7 @@ class Task:
     classes:tuple[str, ...]=()              # Names in the order of their ids
     ignore:int|None=None                    # Id of pixels that are left out
     colours:tuple[str, ...]|None=None       # One per class, such as "#d55e00"
-    values:Mapping[int, int]|None=None      # Stored value -> class id; None: stored as ids
+    values:Mapping[int|None, int]|None=None # Stored value -> class id, the key None for every other value; None: stored as ids
 
     def __post_init__(self):
         if self.kind not in KINDS: raise unknown_name("kind of task", self.kind, KINDS)
@@ -152,7 +152,7 @@ def variant_of(
     if name is None:
         for v in (Variant(""), *card.variants):
             layout = v.layout or card.layout
-            if layout is None or layout.find(root, main_asset(card)): return v.name, with_variant(card, v)
+            if layout is None or layout.exists(root, main_asset(with_variant(card, v))): return v.name, with_variant(card, v)
         return "", card
     for v in card.variants:
         if v.name == name: return name, with_variant(card, v)

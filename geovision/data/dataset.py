@@ -24,7 +24,8 @@ from ..core.registry import find_view
 from .bands import Band, find_bands
 from .card import Card, Task, asset_of, main_asset, task_of
 from .index import Table, open_index
-from .read import Ground, burn, read_ground, read_image, read_vector, scaled_box, to_ids
+from .paths import band_info, locate, per_band
+from .read import Ground, burn, read_bands, read_ground, read_image, read_vector, scaled_box, to_ids
 from ..geo.crs import as_crs
 from ..geo.raster import info, read
 from ..geo.window import Box, window_transform
@@ -228,20 +229,39 @@ def read_sample(
 # %% ../../nbs/data/60_dataset.ipynb #062a1827
 def _add(sample, ds, name, path, row, box):
     "Put one asset into a sample."
-    asset, full = ds.card.assets[name], inside(ds.root, path) if "#" not in path else path
-    at = (ds.chosen or {}).get(name)
-    if name in ds.card.hooks["read"]: return sample.update({name: _tensor(ds.card.hooks["read"][name](full, box, at))})
+    asset, at = ds.card.assets[name], (ds.chosen or {}).get(name)
+    if name in ds.card.hooks["read"]: return _by_hook(sample, ds, name, ds.card.hooks["read"][name](locate(ds.root, path), box, at))
+    full = inside(ds.root, path)
     if asset.reader == "vector": return sample.update({name: _features(sample, ds, full, row, box)})
     here = _asset_box(ds, name, full, row, box)
     if asset.is_label: return sample.update({name: _labels(sample, ds, name, full, here)})
     array, valid = _read_measured(ds, full, here, at, asset)
-    if ds.mix and name in ds.mix: array = np.einsum("bc,chw->bhw", ds.mix[name][1].astype(np.float32), array)
-    sample[name] = _tensor(array)
+    sample[name] = _tensor(_mixed(ds, name, array))
     if name == ds.main: _place(sample, ds, full, here, valid)
+
+
+def _mixed(ds, name, array):
+    "Bands of another sensor, where they were asked for."
+    return np.einsum("bc,...chw->...bhw", ds.mix[name][1].astype(np.float32), array) if ds.mix and name in ds.mix else array
+
+
+def _by_hook(sample, ds, name, got):
+    "What a card's own reader gave: the asset, or a dict of it and what belongs to it."
+    got = dict(got) if isinstance(got, dict) else {name: got}
+    if name in got: got[name] = _mixed(ds, name, got[name])
+    sample.update({k: _tensor(v) for k, v in got.items()})
+    if name == ds.main and ds.bands: sample.setdefault("bands", tuple(b.name for b in ds.bands))
+
+
+def _about(ds, name, full):
+    "What a file says of itself, or the files of all bands together."
+    asset = ds.card.assets[name]
+    return band_info(full, [b.name for b in asset.bands], asset.gsd) if per_band(full) else info(full)
 
 
 def _read_measured(ds, full, here, at, asset):
     "Pixels of a window, cut from the square that was decoded last where `blocks` is on."
+    if per_band(full): return read_bands(full, [b.name for b in asset.bands], asset.gsd, here, at, asset.nodata)
     outer = _square(ds.block, here, full) if ds.block and isinstance(here, Box) else None
     expect = None if asset.more else len(asset.bands)
     at = tuple(range(len(asset.bands))) if asset.more and at is None else at
@@ -264,13 +284,13 @@ def _decoded(path, stamp, box, bands, nodata, expect): return read_image(path, b
 def _asset_box(ds, name, full, row, box):
     "The window in an asset's own pixels."
     if box is None or name == ds.main or isinstance(box, Ground): return box
-    main = ds.table.values(f"{ds.main}.shape", row) or info(inside(ds.root, ds.table.values(f"{ds.main}.path", row))).shape
-    return scaled_box(box, main, info(full).shape)
+    main = ds.table.values(f"{ds.main}.shape", row) or _about(ds, ds.main, inside(ds.root, ds.table.values(f"{ds.main}.path", row))).shape
+    return scaled_box(box, main, _about(ds, name, full).shape)
 
 
 def _place(sample, ds, full, box, valid):
     "Where the main asset is, and what is missing in it."
-    about = info(full)
+    about = _about(ds, ds.main, full)
     if isinstance(box, Ground): sample |= {"crs": as_crs(box.crs), "transform": box.transform}
     elif about.crs is not None: sample |= {"crs": about.crs, "transform": window_transform(about.transform, box) if box else about.transform}
     sample["bands"] = tuple(b.name for b in ds.bands)
@@ -298,7 +318,7 @@ def _features(sample, ds, full, row, box):
 
 def _tensor(value):
     "NumPy arrays as torch tensors; everything else as it is."
-    if not isinstance(value, np.ndarray): return value
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc": return value     # dates and words stay as they are
     import torch
     return torch.from_numpy(np.ascontiguousarray(value))
 
@@ -311,6 +331,7 @@ def _add_target(sample, ds, i):
         ids = features["class_id"].to_numpy() if "class_id" in features else 1
         sample["mask"] = _tensor(burn(features, shape, sample["transform"], ids))
         if task.kind == "instance": sample["instances"] = _tensor(burn(features, shape, sample["transform"], np.arange(1, len(features) + 1)))
+    elif target in sample and target in ds.card.assets and task.kind == "segmentation": sample.setdefault("mask", sample[target])
     elif target in ds.rows and target not in ds.card.assets:
         value = ds.rows[target].iat[i]
         if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)): return

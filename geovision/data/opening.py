@@ -26,11 +26,11 @@ import geovision.data.time  # noqa: F401  (each gives Dataset some of its method
 from ..core.errors import BadFile, BadValue, DataError, NotFound
 from ..core.files import data_root
 from ..core.registry import lookup, names
-from .bands import AERIAL, WORLDVIEW3, Band
+from .bands import AERIAL, SENTINEL2, WORLDVIEW3, Band
 from .card import Asset, Card, Task, facts, variant_of
 from .dataset import Dataset, open_dataset
 from .index import scan
-from .layout import Layout, Template, find
+from .layout import Layout, Template, find, natural
 from ..geo.raster import info, read
 
 # %% ../../nbs/data/90_open.ipynb #c00048c0
@@ -133,11 +133,20 @@ def _image_asset(root, template, bands, nodata):
     if not hits: raise NotFound(f"no file follows {template} in {root}",
             why="every {field} stands for text within one folder or file name", fix="check the template against one of your file names")
     about = _first_readable(root, [h[0] for h in hits])
-    known = {b.name: b for b in (*AERIAL.all, *WORLDVIEW3.all)}
+    known = {b.name: b for b in (*AERIAL.all, *WORLDVIEW3.all, *SENTINEL2.all)}
+    if "{band}" in template: return _banded_asset(root, hits, about, bands, known, nodata)
     found = list(bands) if bands is not None else list(about.names) if not about.names[0].startswith("band") or about.shape[0] != 3 else ["red", "green", "blue"]
     if len(found) != about.shape[0]: raise BadValue(f"{len(found)} band names for {about.shape[0]} bands",
             why=f"{about.path.name} holds {about.shape[0]}", fix="name every band, in stored order")
     return Asset(bands=tuple(b if isinstance(b, Band) else known.get(b, Band(b)) for b in found), dtype=about.dtype, nodata=nodata)
+
+
+def _banded_asset(root, hits, about, bands, known, nodata):
+    "One file a band: the bands of the first sample, unless they are named."
+    names = list(bands) if bands is not None else sorted({f["band"] for _, f in hits}, key=natural)
+    steps = [abs(info(root/p).transform.a) for n in names for p, f in hits[:100] if f["band"] == getattr(n, "name", n)][:len(names)]
+    gsd = min(steps) if steps and about.crs is not None and about.crs.is_projected else None
+    return Asset(bands=tuple(b if isinstance(b, Band) else known.get(b, Band(b)) for b in names), gsd=gsd, dtype=about.dtype, nodata=nodata)
 
 
 def _first_readable(root, paths):

@@ -56,7 +56,7 @@ class Trees:
     def __len__(self)->int: return len(self.x)
 
 WOODS = {  # grid pitch m, share kept, radius range m, height per radius
-    "core": (14, .2, (2, 4.2), 2.0), "suburb": (9, .45, (1.3, 4.8), 1.9), "estate": (11, .5, (2, 5), 2.),
+    "core": (11, .34, (2, 4.6), 2.0), "suburb": (8, .52, (1.3, 5), 1.9), "estate": (9, .6, (2, 5.4), 2.),
     "industry": (16, .12, (1.5, 4), 2.),
     "town": (7.5, .36, (1.2, 7), 1.5), "dense": (11, .1, (1.2, 3.6), 1.8),
     "park": (8.5, .62, (2.2, 6), 2.), "village": (11, .34, (1.3, 5), 1.6),

@@ -112,7 +112,7 @@ class Fabric:
     towers:float = 0.      # Share of square towers of the greatest height
     row:bool = False       # Neighbours share front line, breadth and roof: one long terrace
 
-IRON = {"iron_new": .15, "iron_rusty": .24, "iron_faded": .27, "paint_red": .24, "clay_tile": .06, "paint_blue": .02, "paint_green": .02}
+IRON = {"iron_new": .15, "iron_rusty": .2, "iron_faded": .24, "paint_red": .31, "clay_tile": .06, "paint_blue": .02, "paint_green": .02}
 HUTS = {"iron_new": .42, "iron_rusty": .3, "thatch": .28}
 FARMS = {"clay_tile": .5, "iron_rusty": .3, "iron_new": .2}
 SLUM = {"iron_new": .5, "iron_rusty": .22, "iron_faded": .15, "paint_red": .1, "paint_blue": .02, "paint_green": .01}

@@ -157,7 +157,7 @@ def radiance(
         ambient = blocks_mean(colour, n) * sky
         colour *= direct
         seen = (blocks_mean(colour, n) * (1 - d) + ambient * d) * tone
-        if tint is not None: seen *= 1 + tint * np.float32(.07 * np.clip((nm - 550) / 100, -1.5, 1.5))
+        if tint is not None: seen *= 1 + tint * np.float32(.12 * np.clip((nm - 550) / 100, -1.5, 1.5))
         out.append(seen + np.float32(sensor.haze * path_radiance(nm)))
     return np.stack(out)
 

@@ -74,8 +74,8 @@ def optics(
     return dict(bands=tuple(b.name for b in bands), nm=tuple(b.nm for b in bands), width=tuple(b.width for b in bands))
 
 # %% ../../nbs/world/70_sensors.ipynb #6e516bc0
-FILM = dict(gsd=.5, finest=.085, crosstalk=.04, dtype="uint8", top=255, psf=.5, snr=30., hour=14.6, haze=.2)
-for camera in (Sensor("aerial_rgb", **optics(AERIAL["red", "green", "blue"]), full=(.41, .43, .47), black=(.016, .018, .021), gamma=1.6, **FILM),
+FILM = dict(gsd=.5, finest=.1, dtype="uint8", top=255, psf=.5, snr=24., hour=14.6, haze=.2)
+for camera in (Sensor("aerial_rgb", **optics(AERIAL["red", "green", "blue"]), full=(.38, .395, .43), black=(.014, .016, .018), gamma=1.6, **FILM),
                Sensor("aerial_irrg", **optics(AERIAL["nir", "red", "green"]), full=(.58, .4, .36), black=(.01, .012, .015), gamma=1.5, **FILM)):
     register(camera, kind="sensor")
 

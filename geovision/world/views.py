@@ -165,7 +165,7 @@ def _leaning(d, shot, reach):
     d.direct = np.where(wall, np.float32(min(facing, 1.2)), d.direct.ravel()[seen])
     return d
 
-# %% ../../nbs/world/91_views.ipynb #7c887e39
+# %% ../../nbs/world/91_views.ipynb #7789ccda
 def tone_of(
     look:Look,        # Objects
     tex:Texture,      # Noise
@@ -174,7 +174,7 @@ def tone_of(
     "Texture of all surfaces as one factor."
     contrast, grain = (np.r_[0, c].astype(np.float32)[ids] for c in (look.contrast, look.grain))
     soft = contrast * (np.float32(.75) * tex.broad + np.float32(.9) * tex.mid)
-    return np.maximum(1 + soft + grain * (np.float32(1.3) * tex.grain + np.float32(4.) * tex.fine), np.float32(.2))
+    return np.maximum(1 + soft + grain * (np.float32(1.3) * tex.grain + np.float32(6.) * tex.fine), np.float32(.2))
 
 # %% ../../nbs/world/91_views.ipynb #4ff6b917
 def picture(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ORDER = ["sampling", "index", "predict", "stats", "vectorise", "imports"]
+ORDER = ["sampling", "index", "predict", "stats", "vectorise", "world", "imports"]
 
 
 def main():
