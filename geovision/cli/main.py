@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Root', 'Name', 'Variant', 'Workers', 'Scheduler', 'By', 'Where', 'options', 'main', 'datasets', 'replica',
-           'check', 'index', 'stats', 'Mode', 'run', 'Output', 'predict', 'demo', 'doctor', 'lab']
+           'fetch', 'check', 'index', 'stats', 'Mode', 'run', 'Output', 'predict', 'demo', 'doctor', 'lab']
 
 # %% ../../nbs/cli/90_main.ipynb #6e51c9f2
 import sys
@@ -74,6 +74,17 @@ def replica(
     from geovision.datasets.replica import replica as write
     with stoppable("Nothing was written"): write(name, root, seed, size)
     print(f"{root}: a replica of {name}. Look at it: geovision index {name} {root}")
+
+# %% ../../nbs/cli/90_main.ipynb #d7926b00
+@app.command(epilog="Example: geovision fetch landcover_ai data/landcover_ai")
+def fetch(
+    name: Name, root: Root,
+    keep: Annotated[bool, Option("--keep", help="Keep the archives after unpacking.")] = False,
+)->None:
+    "Download what the licence lets us, verify and unpack it; for the rest, say what to do. An interrupted download goes on where it stopped."
+    from geovision.data.fetch import fetch as get
+    new = get(name, root, keep)
+    print(f"{len(new):,} new files of {name} in {root}.")
 
 # %% ../../nbs/cli/90_main.ipynb #11b6d9dd
 @app.command(epilog="Example: geovision check inria data/inria --duplicates")
