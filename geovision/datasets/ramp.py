@@ -69,4 +69,4 @@ def _chip(r, world, region, i, stem):
 def _add_null(r, name):
     "A feature without geometry, as some files have."
     text = (r.root/name).read_text()
-    r.text(name, text.replace('"features": [', '"features": [{"type": "Feature", "properties": {}, "geometry": null}, ', 1))
+    r.text(name, text.replace('"features": [', '"features": [{"type": "Feature", "properties": {}, "geometry": null}, ', 1).replace("null}, ]", "null}]"))
