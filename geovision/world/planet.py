@@ -94,11 +94,11 @@ class World:
             raise BadValue(f"bounds {tuple(bounds)} leave the world", f"it covers {self.bounds}", "choose a window inside world.bounds")
         return grid
 
-# %% ../../nbs/world/90_planet.ipynb #ff100b3e
+# %% ../../nbs/world/90_planet.ipynb #a31dfa84
 TEMPERATE = 23.  # degrees north or south, from which these replacements hold
 COVERS_THERE = {"yard_dirt": "lawn", "yard_swept": "lawn_dry", "garden": "lawn", "verge": "verge_green", "dirt": "worn", "alley": "pavement", "desert": "lawn_dry",
                 "lawn_dry": "lawn", "gravel": "lawn_dry", "bank": "meadow", "water_river": "water_lake"}
-ROOFS_THERE = {"iron_new": "membrane_grey", "iron_rusty": "clay_tile", "iron_faded": "bitumen", "paint_red": "bitumen", "paint_green": "bitumen", "tile_tan": "bitumen",
+ROOFS_THERE = {"iron_new": "membrane_grey", "iron_rusty": "clay_tile", "iron_faded": "cement_tile", "paint_red": "clay_tile", "paint_green": "bitumen",
                "thatch": "clay_tile"}
 
 def localised(
