@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'PAINT', 'BASE', 'YARDS', 'VERGES', 'WALLED', 'PARKED', 'CARS', 'Paint', 'coat', 'stack', 'pick', 'beside',
-           'parked', 'markings', 'known', 'Cell', 'verge_of']
+           'parked', 'markings', 'Cell', 'verge_of']
 
 # %% ../../nbs/world/65_cells.ipynb #91ec1790
 from dataclasses import dataclass
@@ -156,13 +156,6 @@ def markings(
             out.append(shapely.buffer(shapely.linestrings(np.stack([p, q], 1)), .12, cap_style="flat"))
     return np.concatenate(out)
 
-# %% ../../nbs/world/65_cells.ipynb #554e1199
-def known(
-    *names:str,  # Covers, the best first
-)->str:          # The first that exists
-    "A cover, or the next best."
-    return next(k for k in names if k in COVER_NAMES)
-
 # %% ../../nbs/world/65_cells.ipynb #d2ab6162
 @dataclass(frozen=True, eq=False)
 class Cell(District):
@@ -185,9 +178,6 @@ class Cell(District):
 
     @cached_property
     def homes(self)->Buildings: return buildings(self, self.lots, self.built)
-
-    @property
-    def farming(self)->str: return "farmland" if self.kind == "strips" else self.kind  # as the rotations of crops are named
 
     @cached_property
     def crops(self)->Fields: return fields(self, self.lots, self.built)
@@ -250,8 +240,8 @@ def _works(
     "Building sites for 200 days before a building is finished, rubble for 250 days after one is torn down."
     new, old = c.homes.take(c.homes.born > FIRST.toordinal()), c.homes.take(c.homes.gone < NEVER)
     near = lambda b, r: shapely.intersection(shapely.buffer(b.shape, r, join_style="mitre"), c.lots.shape[b.parcel])
-    return [coat(near(new, 2.), "yard", known("site", "yard_dirt"), rng, born=new.born - 200, gone=new.born, id=new.id),
-            coat(near(old, 1.), "yard", known("rubble", "clutter"), rng, born=old.gone, gone=old.gone + 250, id=old.id)]
+    return [coat(near(new, 2.), "yard", "site", rng, born=new.born - 200, gone=new.born, id=new.id),
+            coat(near(old, 1.), "yard", "rubble", rng, born=old.gone, gone=old.gone + 250, id=old.id)]
 
 def _all_fires(
     land,       # The land
@@ -268,7 +258,7 @@ def _burnt(
     "Burnt ground, for some months after a fire."
     days, shapes, tree = c.land.once(_all_fires)
     near = np.sort(tree.query(c.outline, predicate="intersects"))
-    out = coat(shapely.intersection(shapes[near], c.outline), "yard", known("burnt", "floor"), rng, born=days[near], gone=days[near] + BURNT)
+    out = coat(shapely.intersection(shapes[near], c.outline), "yard", "burnt", rng, born=days[near], gone=days[near] + BURNT)
     out.draw[:] = 0  # one fire is one colour, whichever district it reaches
     return out
 
@@ -277,8 +267,8 @@ def _marsh(
     rng:np.random.Generator,
 )->Paint:
     "Wet meadows along rivers and lakes in the country."
-    wet = [p.buffer(18, quad_segs=3).intersection(c.outline) for k, _, p in c.water if k != "sea" and "wetland" in COVER_NAMES]
-    return coat(wet, "bank", known("wetland", "bank"), rng)
+    wet = [p.buffer(18, quad_segs=3).intersection(c.outline) for k, _, p in c.water if k != "sea"]
+    return coat(wet, "bank", "wetland", rng)
 
 def verge_of(
     c:Cell,      # The cell

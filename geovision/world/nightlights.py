@@ -34,7 +34,7 @@ class Lights:
         "Some of the lights."
         return Lights(self.x[rows], self.y[rows], self.power[rows])
 
-LAMPS = {"primary": (24., 1.3), "secondary": (28., .8), "residential": (30., .5)}  # metres between lamps, W/sr
+LAMPS = {"highway": (26., 1.6), "primary": (24., 1.3), "secondary": (28., .8), "residential": (30., .5)}  # metres between lamps, W/sr
 BROKEN = .04  # share of lamps
 
 def street_lamps(

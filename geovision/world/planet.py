@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REACH', 'KEPT', 'FLOOD', 'TEMPERATE', 'COVERS_THERE', 'ROOFS_THERE', 'corner', 'World', 'localised', 'roofs_at',
-           'scene', 'scars']
+           'scene', 'burnt_ground']
 
 # %% ../../nbs/world/90_planet.ipynb #8a345862
 from collections import OrderedDict
@@ -13,10 +13,8 @@ import numpy as np
 import shapely
 from pyproj import CRS, Transformer
 from ..core.errors import BadValue
-from .calendar import year_day
 from .cells import LAYERS, Cell, coat, stack
 from .fields import Trees
-from .floods import fires
 from .materials import COVER_NAMES, NAMES
 from .noise import rng_of
 from .roads import PITCH, Land
@@ -130,35 +128,27 @@ def scene(
     when:int|None=None, # Day number; None for all that ever was or will be
     without:tuple=(),   # Ids of objects to leave out
 )->Scene:               # Its contents
-    "Everything a window shows on a day, fires and the colour of a flood included."
+    "Everything a window shows on a day, with one row of paint for the water of a flood, wherever it may reach."
     x0, y0, x1, y1 = grid.bounds
     box = (x0 - 1, y0 - 1, x1 + 1, y1 + 1)
-    cells = self.cells(box)
-    found = collect(cells, box, grid.gsd >= 2, when, without)
-    burnt = [] if when is None else scars(self.plan, cells, box, when)
-    if burnt: found.wood = _outside(found.wood, burnt)
-    rng = rng_of(self.plan.seed, "scars")
-    still = coat([shapely.Polygon()], "water", "water_river", rng, id=FLOOD)
-    still.draw[:] = 0
-    paint = stack([found.paint, coat(burnt, "bank", "burnt", rng), still])
+    found = collect(self.cells(box), box, grid.gsd >= 2, when, without)
+    burnt = burnt_ground(found) if when is not None else ()
+    if len(burnt): found.wood = _outside(found.wood, burnt)
+    water = coat([shapely.Polygon()], "water", "water_river", rng_of(self.plan.seed, "flood"), id=FLOOD)
+    water.draw[:] = 0
+    paint = stack([found.paint, water])
     found.paint = paint.take(np.argsort(paint.layer, kind="stable"))
     return localised(found, self.latitude)
+
+def burnt_ground(
+    found:Scene,       # Contents of a window
+)->np.ndarray:         # Polygons
+    "Where it burnt in the last months."
+    return found.paint.shape[found.paint.cover == COVER_NAMES.index("burnt")]
 
 def _outside(wood, burnt):
     "Trees that no fire reached."
     keep = ~shapely.contains_xy(shapely.union_all(burnt), wood.x, wood.y)
     return Trees(*(getattr(wood, k)[keep] for k in Trees.__dataclass_fields__))
-
-def scars(
-    plan:Plan,     # The plan
-    cells:list,    # Districts around
-    box:tuple,     # x0, y0, x1, y1 on the land
-    when:int,      # Day number
-)->list:           # Polygons
-    "Burnt ground of the last 300 days, in the open country."
-    year = year_day(when)[0]
-    recent = [p for y in (year - 1, year) for day, p in fires(plan, y) if day <= when < day + 300 and shapely.intersects(p, shapely.box(*box))]
-    parts = [shapely.intersection(p, c.outline) for p in recent for c in cells if c.style.rural]
-    return [q for p in parts for q in shapely.get_parts(p) if q.geom_type == "Polygon" and q.area > 1]
 
 World.scene = scene

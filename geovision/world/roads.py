@@ -460,7 +460,7 @@ def _surface_of(
     j:int,      # Row
 )->str:         # asphalt, worn, dirt or track
     "Main roads are asphalt; lesser ones are as good as the better of their two districts."
-    if kind in ("primary", "secondary"): return "asphalt" if kind == "primary" else "worn"
+    if kind in ("highway", "primary", "secondary"): return "worn" if kind == "secondary" else "asphalt"
     kinds = [STYLES[district_kind(land.plan, *c)].surface for c in sides(axis, i, j)]
     return next(s for s in ("asphalt", "worn", "dirt", "track") if s in kinds)
 

@@ -16,9 +16,9 @@ from .clouds import cloud_mask, clouds as sky_over
 from .crops import CROPS as CROP_TABLE
 from .fields import Trees
 from .floods import flood_depth, flood_stage
-from .materials import COVERS, LANDCOVER
+from .materials import COVER_NAMES, COVERS, LANDCOVER
 from .parcels import Buildings
-from .planet import World, roofs_at, scars
+from .planet import World, roofs_at
 from .roads import LANES, SPEED, corridors, road_graph
 from .seasons import field_state, field_yield
 from .sensors import sensor as find_sensor
@@ -102,9 +102,9 @@ def _flood(world, grid, when, how):
     return (deep & (burnt_in(world, "water", grid, when) == 0)).astype(np.uint8)
 
 def _burnt(world, grid, when, how):
-    "Burnt ground that nothing was built on."
-    patches = scars(world.plan, world.cells(grid.bounds), grid.bounds, when)
-    return burn(patches, np.ones(len(patches), int), grid, "uint8") * (burnt_in(world, "buildings", grid, when) == 0)
+    "Burnt ground where nothing covers it: no road, no water, no roof."
+    p = world.scene(grid, when).paint
+    return (burn(p.shape, np.where(p.cover == COVER_NAMES.index("burnt"), 2, 1), grid) == 2).astype(np.uint8)
 
 def _clouds(world, grid, when, how):
     "0 clear, 1 thin, 2 thick, 3 shadow, as in the view of the same day, sun and cover."
