@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUTH', 'VECTORS', 'CHANGE', 'CROP_NAMES', 'MAPS', 'ROOM', 'TABLES', 'dates', 'crown_discs', 'outlines_of',
-           'burnt_in', 'truth', 'people_in', 'vectors', 'network', 'cause']
+           'burnt_in', 'truth', 'people_in', 'vectors', 'network', 'cause', 'telling']
 
 # %% ../../nbs/world/93_truth.ipynb #fed46b7c
 import numpy as np
@@ -20,7 +20,7 @@ from .materials import COVER_NAMES, COVERS, LANDCOVER
 from .parcels import Buildings
 from .planet import World, roofs_at
 from .roads import LANES, SPEED, corridors, road_graph
-from .seasons import field_state, field_yield
+from .seasons import field_look, field_state, field_yield
 from .sensors import sensor as find_sensor
 from .views import above_ground, shot_of
 from .window import Grid, burn, meets
@@ -277,3 +277,34 @@ def cause(
     return there - gone
 
 World.cause = cause
+
+# %% ../../nbs/world/93_truth.ipynb #4aa8b89d
+def telling(
+    self:World,     # The world
+    crop:str,       # One of the crops in the window
+    sensor:str,     # An optical sensor
+    bounds:tuple,   # As in `view`
+    dates:list,     # Days to compare
+)->np.ndarray:      # (T, C) difference of means over the pooled standard deviation of fields
+    """How well each date and band tells a crop from the other fields of a window.
+
+    Errors
+    ------
+    NotFound : the crop does not grow there on the first date, or nothing else does
+    """
+    fields = self.vectors("fields", bounds, dates[0])
+    mine, camera, out = set(fields.id[fields.crop == crop]), find_sensor(sensor), []
+    if len(mine) < 2 or len(fields) - len(mine) < 2:
+        raise NotFound(f"{len(mine)} of {len(fields)} fields grow {crop}", "two of it and two others are compared", "choose a larger window, or a crop of world.vectors('fields', ...)")
+    cells = [c for c in self.cells(self.grid(bounds, 1.).bounds) if len(c.crops)]
+    here = np.concatenate([np.isin(c.crops.id, fields.id) for c in cells])
+    his = np.concatenate([np.isin(c.crops.id, list(mine)) for c in cells])[here]
+    for when in map(when_of, dates):
+        looks = [field_look(c.crops, when, self.latitude, self.plan.seed) for c in cells]
+        a, b, share = (np.concatenate(k)[here] for k in zip(*looks))
+        seen = camera.table[a] * (1 - share)[:, None] + camera.table[b] * share[:, None]
+        one, two = seen[his], seen[~his]
+        out.append(np.abs(one.mean(0) - two.mean(0)) / np.sqrt((one.var(0) + two.var(0)) / 2 + 1e-8))
+    return np.array(out)
+
+World.telling = telling
