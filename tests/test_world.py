@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from geovision.world import PLACES, World
 from geovision.world.calendar import when_of
 from geovision.core.errors import BadValue, UnknownName
-from geovision.world.roads import District, Land, main_roads, streets
+from geovision.world.districts import District, Land
+from geovision.world.roads import main_roads, streets
 from geovision.world.terrain import Plan
 
 QUIET = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

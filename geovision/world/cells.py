@@ -16,8 +16,11 @@ from .fields import Fields, Trees, fields, trees
 from .floods import BURNT, fires
 from .materials import AGEING, COVER_NAMES, NAMES
 from .noise import rng_of
-from .parcels import Buildings, Parcels, built_on, buildings, parcels, to_world
-from .roads import District, axes_of, blocks, corridors, main_roads, streets
+from .buildings import Buildings, built_on, buildings
+from .parcels import Parcels, parcels, to_world
+from .districts import District
+from .network import axes_of, blocks, corridors
+from .roads import main_roads, streets
 
 # %% ../../nbs/world/65_cells.ipynb #f01fed15
 LAYERS = ("base", "yard", "bank", "water", "verge", "road", "drive", "pool", "wall", "car", "building")

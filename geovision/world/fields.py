@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 from .noise import noise_at, rng_of, seed_of
-from .parcels import Buildings, Parcels
-from .roads import District, corridors
+from .buildings import Buildings
+from .parcels import Parcels
+from .districts import District
+from .network import corridors
 
 # %% ../../nbs/world/50_fields.ipynb #dd6e4891
 FARMING = {"farmland": "farmland", "strips": "farmland", "village": "village", "smallholder": "smallholder", "pivot": "pivot", "terraces": "terraces"}

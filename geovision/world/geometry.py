@@ -15,7 +15,7 @@ from .detail import ribs, rust, sheets, things
 from .fields import Trees
 from .materials import COVERS
 from .noise import seed_of, uniform
-from .parcels import Buildings, parts
+from .buildings import Buildings, parts
 from .terrain import Plan, hillshade, relief
 from .window import Grid, Scene, burn
 

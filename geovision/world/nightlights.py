@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 from ..core.errors import BadValue
 from .geometry import blur
 from .noise import normal, seed_of, uniform
-from .parcels import Buildings
+from .buildings import Buildings
 from .window import Grid
 
 # %% ../../nbs/world/88_nightlights.ipynb #efce9bbb

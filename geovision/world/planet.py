@@ -17,7 +17,7 @@ from .cells import LAYERS, Cell, coat, stack
 from .fields import Trees
 from .materials import COVER_NAMES, NAMES
 from .noise import rng_of
-from .roads import PITCH, Land
+from .districts import PITCH, Land
 from .terrain import Plan
 from .window import Grid, Scene, collect, grid_of
 

@@ -20,7 +20,7 @@ from .cells import LAYERS
 from .geometry import Relief, blocks_mean, blur, shadow_height, spread_out
 from .materials import COVERS, NAMES
 from .noise import fbm, normal, seed_of, uniform
-from .parcels import Buildings
+from .buildings import Buildings
 from .terrain import Plan
 from .window import Grid, Scene
 

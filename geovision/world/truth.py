@@ -17,12 +17,14 @@ from .crops import CROPS as CROP_TABLE
 from .fields import Trees
 from .floods import flood_depth, flood_stage
 from .materials import COVER_NAMES, COVERS, LANDCOVER
-from .parcels import Buildings
+from .buildings import Buildings
 from .planet import World, roofs_at
-from .roads import LANES, SPEED, corridors, road_graph
+from .districts import LANES, SPEED
+from .network import corridors, road_graph
 from .seasons import field_look, field_state, field_yield
 from .sensors import sensor as find_sensor
-from .views import above_ground, shot_of
+from .drafts import shot_of
+from .views import above_ground
 from .window import Grid, burn, meets
 
 # %% ../../nbs/world/93_truth.ipynb #a5514d63
@@ -295,7 +297,8 @@ def telling(
     fields = self.vectors("fields", bounds, dates[0])
     mine, camera, out = set(fields.id[fields.crop == crop]), find_sensor(sensor), []
     if len(mine) < 2 or len(fields) - len(mine) < 2:
-        raise NotFound(f"{len(mine)} of {len(fields)} fields grow {crop}", "two of it and two others are compared", "choose a larger window, or a crop of world.vectors('fields', ...)")
+        raise NotFound(f"{len(mine)} of {len(fields)} fields grow {crop}", "two of it and two others are compared",
+                       "choose a larger window, or a crop of world.vectors('fields', ...)")
     cells = [c for c in self.cells(self.grid(bounds, 1.).bounds) if len(c.crops)]
     here = np.concatenate([np.isin(c.crops.id, fields.id) for c in cells])
     his = np.concatenate([np.isin(c.crops.id, list(mine)) for c in cells])[here]

@@ -14,7 +14,7 @@ from rasterio.features import rasterize
 from ..core.errors import BadValue
 from .cells import LAYERS, Paint, stack
 from .fields import Fields, Trees
-from .parcels import Buildings, join
+from .buildings import Buildings, join
 
 # %% ../../nbs/world/75_window.ipynb #68841bc5
 @dataclass(frozen=True)
