@@ -90,7 +90,7 @@ class Joined:
         at = np.asarray(positions, int)
         return Joined(*[p.take(at[(at >= a) & (at < b)] - a) for p, a, b in zip(self.parts, self._starts, self._starts[1:])])
 
-
+# %% ../../nbs/data/80_combine.ipynb #b4973c7e
 def torch_table(
     ids,     # New id of each old one
 ):           # A tensor to index with
@@ -98,7 +98,7 @@ def torch_table(
     import torch
     return torch.as_tensor(ids)
 
-
+# %% ../../nbs/data/80_combine.ipynb #e2923513
 def translate(
     values,   # Class ids; what lies outside the table (the ignore id) stays
     table,    # From `torch_table`
@@ -153,7 +153,7 @@ class Aligned:
         kept = getattr(first.with_rows(first.rows.assign(_pair=np.arange(len(first)))), what)(*args, **options)
         return Aligned(self.parts, self.pairs[kept.rows["_pair"].to_numpy()])
 
-
+# %% ../../nbs/data/80_combine.ipynb #2799b91d
 def align(
     least:float=.5,         # Share of the smaller footprint that must be in common
     **parts:Dataset,        # name = dataset, at least two
@@ -173,7 +173,7 @@ def align(
             why="neither ids nor footprints match", fix="check their CRS, or cut both with the same ds.grid(...)")
     return Aligned(parts, pairs)
 
-
+# %% ../../nbs/data/80_combine.ipynb #168ed8ff
 def _partner(a, b, least)->np.ndarray:
     "For each row of one dataset the row of another that shows the same ground, -1 if there is none."
     for column in ("id", "cell"):

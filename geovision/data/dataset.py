@@ -244,7 +244,7 @@ def _mixed(ds, name, array):
     "Bands of another sensor, where they were asked for."
     return np.einsum("bc,...chw->...bhw", ds.mix[name][1].astype(np.float32), array) if ds.mix and name in ds.mix else array
 
-
+# %% ../../nbs/data/60_dataset.ipynb #13f96ba2
 def _by_hook(sample, ds, name, got):
     "What a card's own reader gave: the asset, or a dict of it and what belongs to it."
     got = dict(got) if isinstance(got, dict) else {name: got}
@@ -258,7 +258,7 @@ def _about(ds, name, full):
     asset = ds.card.assets[name]
     return band_info(full, [b.name for b in asset.bands], asset.gsd) if per_band(full) else info(full)
 
-
+# %% ../../nbs/data/60_dataset.ipynb #91adefc6
 def _read_measured(ds, full, here, at, asset):
     "Pixels of a window, cut from the square that was decoded last where `blocks` is on."
     if per_band(full): return read_bands(full, [b.name for b in asset.bands], asset.gsd, here, at, asset.nodata)
@@ -280,7 +280,7 @@ def _square(block, box, full):
 @lru_cache(maxsize=8)
 def _decoded(path, stamp, box, bands, nodata, expect): return read_image(path, box, bands, nodata, expect)
 
-
+# %% ../../nbs/data/60_dataset.ipynb #63f261dc
 def _asset_box(ds, name, full, row, box):
     "The window in an asset's own pixels."
     if box is None or name == ds.main or isinstance(box, Ground): return box
@@ -296,7 +296,7 @@ def _place(sample, ds, full, box, valid):
     sample["bands"] = tuple(b.name for b in ds.bands)
     if valid is not None: sample["valid"] = _tensor(valid)
 
-
+# %% ../../nbs/data/60_dataset.ipynb #236f4ae3
 def _labels(sample, ds, name, full, box):
     "A raster of labels; of the image's size unless its card gives it a GSD of its own."
     about, image = info(full), sample.get(ds.main)

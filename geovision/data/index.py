@@ -177,7 +177,7 @@ def build(
                   "folders": _folder_times(root, rows), "bands": list(names) if any(map(per_band, paths)) else []}
     return table
 
-
+# %% ../../nbs/data/40_index.ipynb #a9529eb9
 def _stamps(root, paths):
     "Size and time of files that a card reads itself; a file of many entries is asked once."
     seen = {}
@@ -208,7 +208,7 @@ def _warn_broken(known, paths, card):
     short = [(p, known[p]["lacks"]) for p in paths if known[p].get("lacks")]
     if short: warnings.warn(f"{len(short)} of {len(paths)} samples lack bands, first {short[0][0]} ({short[0][1]})", stacklevel=3)
 
-
+# %% ../../nbs/data/40_index.ipynb #94fb4f75
 def _folder_times(root, rows):
     "The folders that hold files, and those that may hold lists of them, with their times."
     folders = {os.path.dirname(v) for r in rows for k, v in r.items() if k.endswith(".path") and isinstance(v, str)}
@@ -217,7 +217,7 @@ def _folder_times(root, rows):
     kept = leaves if len(leaves) <= FOLDERS else [leaves[i] for i in np.linspace(0, len(leaves) - 1, FOLDERS).astype(int)]
     return {f: os.stat(root/f).st_mtime_ns for f in sorted({*kept, *(os.path.relpath(p, root) for p in upper[:256])}) if (root/f).is_dir()}
 
-
+# %% ../../nbs/data/40_index.ipynb #3a105926
 def _to_table(rows, card, main):
     "Rows as plain columns, asset columns and footprints."
     keys = list(dict.fromkeys(k for r in rows for k in r))
@@ -267,7 +267,7 @@ def save(
     with whole(path) as aside: pq.write_table(arrow.replace_schema_metadata(meta), aside, compression="zstd")
     return Table(table.frame, table.arrow, table.meta, Path(path), arrow.column_names)
 
-
+# %% ../../nbs/data/40_index.ipynb #3fb1412c
 def load(
     path:Path|str,    # A .parquet file
 )->Table|None:        # None if it is not an index of this version
@@ -299,7 +299,7 @@ def fresh(
     except OSError: return False
     return True
 
-
+# %% ../../nbs/data/40_index.ipynb #94d95ff9
 def open_index(
     card:Card,                  # Whose rules
     root:Path|str,              # Where the files are

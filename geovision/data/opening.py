@@ -112,7 +112,7 @@ def from_files(
     if label and label.endswith(".csv"): made.rows(_label_reader(Path(label)))
     return open_dataset(made, root, variant=_layout_name(templates), workers=workers)
 
-
+# %% ../../nbs/data/90_open.ipynb #75e004bf
 def _common_root(templates):
     "The folder that all templates share, and the templates below it."
     fixed = [Path(os.path.abspath(t.split("{")[0].split("*")[0] + ("x" if t.split("{")[0].endswith("/") else ""))).parent for t in templates.values()]
@@ -126,7 +126,7 @@ def _layout_name(templates):
     from geovision.core.seeds import hash64
     return f"{hash64(*templates.items()):016x}"[:8]
 
-
+# %% ../../nbs/data/90_open.ipynb #fb1a8701
 def _image_asset(root, template, bands, nodata):
     "What the first readable image says of all."
     hits = find(root, Template(template))
@@ -156,7 +156,7 @@ def _first_readable(root, paths):
         except BadFile as e: last = e
     raise last
 
-
+# %% ../../nbs/data/90_open.ipynb #5e3556c8
 def _own_task(made, root, mask, polygons, label, classes, values, ignore):
     "The task that the labels are for."
     if label: return Task("classification", "label" if label.endswith(".csv") else label, tuple(classes or _label_names(made, root, label)))
@@ -178,7 +178,7 @@ def _mask_ids(made, root, ignore):
     if max(found) > 255: raise DataError(f"a mask holds the value {max(found):g}", why="class ids are small whole numbers", fix="pass classes= and values=")
     return [int(v) for v in found] or [0]
 
-
+# %% ../../nbs/data/90_open.ipynb #53987987
 def _label_names(made, root, label):
     "The classes that occur."
     rows = pd.read_csv(label)["label"] if label.endswith(".csv") else [r.get(label) for r in scan(made, root)]

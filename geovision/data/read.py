@@ -105,7 +105,7 @@ def read_image(
         valid = None if valid.all() else valid
     return array.astype(np.float32, copy=False), valid
 
-
+# %% ../../nbs/data/55_read.ipynb #6ee51a28
 def read_bands(
     path:str|Path,                     # With {band}
     names:Sequence[str],               # Of all bands of the asset
@@ -152,7 +152,7 @@ def _holding(at, about, own, step, start, axis):
     else: found = (getattr(t, start) + at*getattr(t, step) - getattr(o, start))/getattr(o, step)
     return np.clip(np.floor(found + 1e-6).astype(int), 0, own.shape[axis] - 1)
 
-
+# %% ../../nbs/data/55_read.ipynb #f92b8f26
 @lru_cache(4096)
 def _has_mask(path:str)->bool:
     "Does the file carry an alpha band or a mask of its own?"

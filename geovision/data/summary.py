@@ -69,6 +69,7 @@ def array_stats(
     return merge(from_values(f.reshape(len(f), -1), m.ravel() & (True if nodata is None else f.reshape(len(f), -1) != nodata), edges)
                  for f, m in zip(frames, masks))
 
+# %% ../../nbs/data/65_summary.ipynb #c1916666
 def one_file(
     name:str,      # Relative path
     root:str,      # Of the dataset
@@ -86,7 +87,7 @@ def one_file(
     except (GeoVisionError, OSError) as e: return str(e)
     return [getattr(s, k).tolist() for k in STATS]
 
-
+# %% ../../nbs/data/65_summary.ipynb #f22bbb20
 @extends(Dataset)
 def compute_stats(
     self:Dataset,               # The dataset
@@ -130,7 +131,7 @@ def _keep(table, asset, found, width):
         import warnings
         warnings.warn(f"the statistics are not kept: {e}", stacklevel=3)
 
-
+# %% ../../nbs/data/65_summary.ipynb #aeb5c3a3
 def from_table(
     table,                    # An index
     asset:str,                # Which asset
@@ -173,7 +174,7 @@ def stats_of(
     if not out: raise BadValue(f"no image of {self.card.name} could be read", fix=f"run: geovision check {self.card.name} {self.root}")
     return _bands(merge(out), (self.chosen or {}).get(asset))
 
-
+# %% ../../nbs/data/65_summary.ipynb #91fb652d
 def _whole_and_parts(ds):
     "Rows of the index whose image is chosen in full, and the windows of the others."
     if "_x" not in ds.rows: return sorted(set(ds.rows["_row"].tolist())), {}
@@ -202,7 +203,7 @@ def _read_stats(ds, asset, row, box, about):
     whole = replace(ds, assets=(asset,), chosen=None, mix=None, task_name="", rows=ds.table.frame.assign(_row=np.arange(len(ds.table))))
     return array_stats(whole.read_sample(row, box), asset, about.nodata, about.span)
 
-
+# %% ../../nbs/data/65_summary.ipynb #cff4bbc3
 def _as_read(ds, asset):
     "Statistics of samples as they are read: warped, or mixed into other bands."
     for i in progress(range(len(ds.rows)), "statistics"):

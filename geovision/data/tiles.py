@@ -79,7 +79,7 @@ def grid(
     new = pd.DataFrame(rows).drop(columns="at")
     return self.with_rows(pd.concat([out.assign(parent=out["id"], id=[f"{p}_{c}" for p, c in zip(out["id"], new["cell"])]), new], axis=1))
 
-
+# %% ../../nbs/data/64_tiles.ipynb #25555e9e
 def _places(ds):
     "CRS, transform and size of every scene."
     at = ds.rows["_row"].to_numpy()
@@ -110,7 +110,7 @@ def _squares(i, cells, target, crs, transform, size, gsd, least):
         if outline.intersection(square).area < (least - 1e-9)*square.area: continue
         yield {"at": i, "cell": cell.id, **(_in_pixels(cells, cell, transform, crs, size) if gsd is None else _on_ground(cell, target, gsd))}
 
-
+# %% ../../nbs/data/64_tiles.ipynb #0fa55769
 def _in_pixels(cells, cell, transform, crs, size):
     box = cells.box(cell, transform, crs).intersect(Box.whole(size))
     return dict(zip(WINDOW, box))

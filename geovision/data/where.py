@@ -95,7 +95,7 @@ class _Reader:
             raise self.error(at, f"expected {' or '.join(wanted) or kind.replace(' ', ' or ')}")
         return self.tokens.pop(0)
 
-
+# %% ../../nbs/data/50_where.ipynb #90388b8d
 def parse(
     text:str,   # A condition
 )->Callable[[pd.DataFrame], np.ndarray]:   # frame -> (N,) bool

@@ -173,7 +173,7 @@ def _by_water(r, world, day):
     squares = [r.spot(world, k, r.size*10.) for k in range(9)]
     return sorted(squares, key=lambda b: -float(world.truth("flood", b, 20., day).mean()))
 
-
+# %% ../../nbs/datasets/sen12floods.ipynb #87edb522
 def _sequence(r, world, bounds, seq, days, lists):
     "The images of one sequence and its two entries."
     geo = {"type": "Polygon", "coordinates": [[list(lonlat(world, bounds[i], bounds[j])) for i, j in ((0, 1), (2, 1), (2, 3), (0, 3), (0, 1))]]}
@@ -192,7 +192,7 @@ def _sequence(r, world, bounds, seq, days, lists):
                                      "filename": stem + "_corrected"*n, "orbit": ("ASCENDING", "DESCENDING")[n]}
     for k in (0, 1): lists[k][seq]["count"] = sum(key.isdigit() for key in lists[k][seq])
 
-
+# %% ../../nbs/datasets/sen12floods.ipynb #c5e4028d
 def _optical(world, bounds, day, seq, empty):
     "An image in UTM; a narrow one, a partly empty one."
     seen = world.view("sentinel2_l2a", bounds, date=day)
@@ -200,7 +200,7 @@ def _optical(world, bounds, day, seq, empty):
     if empty: image[:, :, :12] = 0
     return image, dict(crs=seen["crs"], transform=seen["transform"])
 
-
+# %% ../../nbs/datasets/sen12floods.ipynb #5daed913
 def _radar(r, world, bounds, day, stem):
     "A radar image in degrees and linear power, with a strip of NaN."
     side = (bounds[2] - bounds[0])/10

@@ -132,7 +132,7 @@ def saving_vectors(
         if sqlite or is_full(path, [str(e)]): raise no_space(path) from None
         raise BadFile(f"{path} cannot be written", why=f"GDAL says {str(e)!r}") from None
 
-
+# %% ../../nbs/geo/50_vectorise.ipynb #33c883c4
 class GeoPackage:
     "A GeoPackage that polygons are appended to."
     def __init__(self, path:Path, layer:str, kind:str): self.path, self.layer, self.kind, self.begun = path, layer, kind, False
@@ -146,7 +146,7 @@ class GeoPackage:
 
     def close(self): "Everything is written already."
 
-
+# %% ../../nbs/geo/50_vectorise.ipynb #cbeb35af
 class GeoParquet:
     "A GeoParquet file that polygons are appended to."
     def __init__(self, path:Path, layer:str, kind:str): self.path, self.kind, self.file, self.schema = path, kind, None, None
@@ -171,7 +171,7 @@ class GeoParquet:
 
 FORMATS = {".gpkg": GeoPackage, ".parquet": GeoParquet}
 
-
+# %% ../../nbs/geo/50_vectorise.ipynb #2161dcd4
 @contextmanager
 def vector_file(
     path:Path|str,         # .gpkg or .parquet

@@ -265,7 +265,7 @@ class RasterWriter:
         with saving(self.path): self._file.close()
         check_blocks(self._aside, self.path)
 
-
+# %% ../../nbs/geo/30_write.ipynb #33a8946a
 def _layout(shape, dtype, block, compress):
     "How GDAL shall store it: tiles unless the image is smaller than one, predictors where they help."
     if compress and compress.lower() not in COMPRESSIONS: raise unknown_name("compression", compress, COMPRESSIONS)

@@ -178,7 +178,7 @@ class Job:
     @property
     def autocast(self): return autocast_of(self.config.optimise.precision, self.device)
 
-
+# %% ../../nbs/train/60_job.ipynb #a0b13c71
 def prepare(
     config:Config,
     dataset=None,                       # Instead of the one the config names
@@ -221,7 +221,7 @@ def part(
         return None
     return ds.split(name)
 
-
+# %% ../../nbs/train/60_job.ipynb #703fa4ef
 def _info(ds, kind:str, net:Model, words:dict|None, ignore:int|None, stats:tuple)->Info:
     "What prediction will need to know."
     asset = ds.card.assets.get(ds.main) if getattr(ds, "card", None) is not None else None

@@ -355,7 +355,7 @@ class PredictReport:
     resumed:float           # Share of rows that were there already
     vectors:Path|None=None  # Polygons, when asked for
 
-
+# %% ../../nbs/train/70_predict.ipynb #e4847648
 def predict(
     model,                                # An nn.Module, a run, or the folder of one
     scene,                                # A file, a dict asset -> file(s), or a sample
@@ -401,7 +401,7 @@ def predict(
     seconds, (_, h, w) = time.perf_counter() - started, scene.shape
     return PredictReport(out, len(grid), seconds, h*w/1e6/seconds, missing, done/h, vectors)
 
-
+# %% ../../nbs/train/70_predict.ipynb #715cc81f
 def _check(out, blend, output, vectors, batch):
     if blend not in BLENDS: raise unknown_name("blend", blend, BLENDS)
     if output not in OUTPUTS: raise unknown_name("output", output, OUTPUTS)

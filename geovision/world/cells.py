@@ -223,6 +223,7 @@ def _ground(
     for still in out[-2:]: still.draw[:] = 0  # one river is one colour, whichever district it crosses
     return out + _streets(c, rng)
 
+# %% ../../nbs/world/65_cells.ipynb #ba1ee6fa
 def _streets(
     c:Cell,     # A cell
     rng:np.random.Generator,
@@ -236,6 +237,7 @@ def _streets(
             coat(corridors(order), "road", [s.surface for s in order], rng, **days(order)),
             coat(corridors(median, -9), "drive", "verge_green", rng, **days(median))]
 
+# %% ../../nbs/world/65_cells.ipynb #0fa732d9
 def _works(
     c:Cell,     # A cell
     rng:np.random.Generator,
@@ -246,6 +248,7 @@ def _works(
     return [coat(near(new, 2.), "yard", "site", rng, born=new.born - 200, gone=new.born, id=new.id),
             coat(near(old, 1.), "yard", "rubble", rng, born=old.gone, gone=old.gone + 250, id=old.id)]
 
+# %% ../../nbs/world/65_cells.ipynb #7793c24b
 def _all_fires(
     land,       # The land
 )->tuple:       # Days, polygons and a tree of them
@@ -265,6 +268,7 @@ def _burnt(
     out.draw[:] = 0  # one fire is one colour, whichever district it reaches
     return out
 
+# %% ../../nbs/world/65_cells.ipynb #4cf62564
 def _marsh(
     c:Cell,     # A cell
     rng:np.random.Generator,

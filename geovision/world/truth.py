@@ -97,6 +97,7 @@ def _crops(world, grid, when, how):
         numbers |= dict(zip(c.crops.id.tolist(), [CROP_NAMES.index(k) for k in s.crop]))
     return burnt_in(world, "fields", grid, when, numbers).astype(np.uint8)
 
+# %% ../../nbs/world/93_truth.ipynb #fc12b7bf
 def _flood(world, grid, when, how):
     "Ground under the water of a flood, rivers and lakes in their beds left out."
     stage = flood_stage(world.plan, when)
@@ -114,6 +115,7 @@ def _clouds(world, grid, when, how):
     if not shot.sky: return np.zeros((grid.h, grid.w), np.uint8)
     return cloud_mask(sky_over(world.plan.seed, grid.x, grid.y, when, shot.sky, shot.sun, grid.gsd))
 
+# %% ../../nbs/world/93_truth.ipynb #0e5da7a0
 def _population(world, grid, when, how):
     "Persons per pixel, spread evenly over their building's pixels; buildings without a pixel are counted where their middle lies."
     out = np.zeros((grid.h, grid.w), np.float64)
@@ -142,6 +144,7 @@ def _landcover(world, grid, when, how):
 MAPS = dict(boundaries=_boundaries, crops=_crops, flood=_flood, burnt=_burnt, clouds=_clouds, population=_population, change=_change, landcover=_landcover,
             height=lambda world, grid, when, how: above_ground(world, grid, when))
 
+# %% ../../nbs/world/93_truth.ipynb #fc55f228
 def truth(
     self:World,        # The world
     kind:str,          # One of `TRUTH`
