@@ -109,7 +109,7 @@ def test_modes_of_run(told, home):
     assert code in (1, 2) and one_sentence(err)
     code, out, _ = told(*words, "--mode", "predict")
     assert code == 0 and len(list((home / "runs/tiny/predictions").glob("*.tif"))) == 3
-    assert told(*words)[0] == 2 and told(*words, "--resume")[0] == 0 and told(*words, "--reset", "optimise.lr=1e-3")[0] == 0
+    assert told(*words)[0] == 2 and told(*words, "--resume")[0] == 0 and told(*words, "--reset-logs", "--yes", "optimise.lr=1e-3")[0] == 0
 
 
 def test_plugins(told, home, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Root', 'Name', 'Variant', 'Workers', 'Scheduler', 'By', 'Where', 'options', 'main', 'datasets', 'replica',
-           'fetch', 'check', 'index', 'stats', 'Mode', 'run', 'Output', 'predict', 'demo', 'doctor', 'lab']
+           'fetch', 'check', 'index', 'stats', 'pack', 'Mode', 'run', 'Output', 'predict', 'demo', 'doctor', 'lab']
 
 # %% ../../nbs/cli/90_main.ipynb #6e51c9f2
 import sys
@@ -16,8 +16,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .jobs import chosen_bands, counts_by, gain_and_offset, lab_command, map_paths, predict_split, score_table, stats_by
-from .shell import answer, die_politely, share_the_cores, show_table, stoppable
+from .jobs import agreed_to_reset, chosen_bands, counts_by, gain_and_offset, lab_command, labels_by, map_paths, predict_split, score_table, stats_by
+from .shell import answer, die_politely, follow_the_first, share_the_cores, show_table, stoppable
 
 # %% ../../nbs/cli/90_main.ipynb #d658dc07
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +41,7 @@ def main(
     argv:Sequence[str]|None=None,   # Words of the command line; None for those of this process
 )->int:                             # The exit code
     "The command `geovision`."
-    die_politely(), share_the_cores()
+    die_politely(), share_the_cores(), follow_the_first()
     return answer(app, sys.argv[1:] if argv is None else argv)
 
 # %% ../../nbs/cli/90_main.ipynb #160bf4f4
@@ -94,7 +94,7 @@ def check(
     workers: Workers = None, scheduler: Scheduler = None,
 )->None:
     "Read every file once: counts, damaged images, labels out of range, missing partners. Exit code 1 when something is wrong."
-    from geovision.data.check import check as look, summary
+    from geovision.data.checking import check as look, summary
     from geovision.data.opening import open as open_
     ds = open_(name, root, variant=variant, workers=workers, scheduler=scheduler)
     findings = look(ds, duplicates, workers, scheduler)
@@ -120,14 +120,37 @@ def index(
     print(f"{ds}\n{ds.table.path or 'the index could not be kept'}")
 
 
-@app.command(epilog="Example: geovision stats inria data/inria --by split")
+@app.command(epilog="Example: geovision stats inria data/inria --by split\n\nExample: geovision stats inria data/inria --labels")
 def stats(
     name: Name, root: Root, by: By = None, where: Where = None, variant: Variant = None, workers: Workers = None, scheduler: Scheduler = None,
+    labels: Annotated[bool, Option("--labels", help="Count the labels instead: pixels, objects, areas and lengths of each class.")] = False,
+    task: Annotated[str | None, Option(help="Which of its tasks; the first by default.")] = None,
 )->None:
-    "Mean, spread and extremes of every band; computed once an image and kept in the index."
+    "Mean, spread and extremes of every band, or what there is of each class (--labels); computed once and kept with the index. --by takes a column, or class."
     from geovision.data.opening import open as open_
-    ds = open_(name, root, variant=variant, workers=workers, scheduler=scheduler)
-    show_table(stats_by(ds if where is None else ds.where(where), by, scheduler, workers))
+    ds = open_(name, root, task=task, variant=variant, workers=workers, scheduler=scheduler)
+    show_table((labels_by if labels else stats_by)(ds if where is None else ds.where(where), by, scheduler, workers))
+
+# %% ../../nbs/cli/90_main.ipynb #a1fa97b4
+@app.command(epilog="Example: geovision pack inria data/inria inria-256.h5 --tile 256 --split train")
+def pack(
+    name: Name, root: Root, out: Annotated[Path, Argument(help="A file that ends in .h5.")],
+    tile: Annotated[int | None, Option(help="Cut images into tiles of so many pixels first.")] = None,
+    overlap: Annotated[int, Option(help="Pixels that neighbouring tiles share.")] = 0,
+    split: Annotated[str | None, Option(help="Only this split.")] = None,
+    where: Where = None, bands: Annotated[str | None, Option(help="Only these bands: red,green,blue.")] = None,
+    task: Annotated[str | None, Option(help="Which of its tasks; the first by default.")] = None,
+    variant: Variant = None, workers: Workers = None,
+    codec: Annotated[str, Option(help="zstd (small and fast), gzip or lzf (any HDF5 program reads them), none (the fastest).")] = "zstd",
+)->None:
+    "Write a dataset into one HDF5 file for fast training: pixels, labels, rows, statistics, facts."
+    from geovision.data.opening import open as open_
+    from geovision.data.pack import pack as write
+    ds = open_(name, root, split, task, variant, workers)
+    if where is not None: ds = ds.where(where)
+    if bands is not None: ds = ds.select(bands=[b.strip() for b in bands.split(",")])
+    with stoppable("nothing was written"): made = write(ds if tile is None else ds.tiles(tile, overlap), out, codec)
+    print(f"{open_(str(made))}\n{made}: {made.stat().st_size/1e6:,.1f} MB. Open it: gv.open(\"{made}\")")
 
 # %% ../../nbs/cli/90_main.ipynb #e6ddaf40
 class Mode(StrEnum):
@@ -144,18 +167,20 @@ def run(
     mode: Annotated[Mode, Option(help="Train, judge on a split, or predict its images.")] = Mode.fit,
     changes: Annotated[list[str] | None, Argument(help="Settings to change, each key=value.", metavar="KEY=VALUE...")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on where the run stopped.")] = False,
-    reset: Annotated[bool, Option("--reset", help="Delete an earlier run of this name first.")] = False,
+    resume_previous: Annotated[bool, Option("--resume-previous", help="Go on from the checkpoint before the last one, where that is damaged.")] = False,
+    reset_logs: Annotated[bool, Option("--reset-logs", help="Delete logs and checkpoints of an earlier run of this name first; shows them and asks.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
     split: Annotated[str, Option(help="For predict: train, val or test.")] = "test",
     root: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
     plugin: Annotated[list[str] | None, Option(help="A module with your own models, losses or cards; may be given again.")] = None,
 )->None:
-    "Train, judge or predict as a config says. Also under torchrun."
+    "Train, judge or predict as a config says. Several processes: torchrun --nproc_per_node=2 --no-python geovision run ..."
     from geovision.core.registry import load_module
     from geovision.train.config import load_config
     for module in plugin or []: load_module(module)
     settings = load_config(config, changes or [])
     folder = root/settings.name
-    if mode is Mode.fit: return _fit(settings, root, resume, reset)
+    if mode is Mode.fit: return _fit(settings, root, "previous" if resume_previous else resume, reset_logs and agreed_to_reset(folder, yes))
     from geovision.train.run import Run
     if mode is Mode.predict:
         with stoppable("finished maps are kept; the same command goes on"): maps = predict_split(Run(folder), split)

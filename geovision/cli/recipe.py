@@ -16,7 +16,7 @@ from .material import Material
 from ..core.errors import BadValue
 from ..data.dataset import Dataset
 from ..train.config import load_config
-from ..train.fit import training_batches
+from ..train.fit import training_steps
 from ..train.job import prepare
 from ..train.loop import train_epoch
 from ..train.optimise import make_optimiser, make_schedule
@@ -80,7 +80,7 @@ def seconds_a_step(
     with warnings.catch_warnings(action="ignore"): job = prepare(load_config(config), ds)
     words, marks = job.config.optimise, []
     opt = make_optimiser(job.model, words)
-    few = islice(training_batches(job, 0), steps + 1)
+    few = islice(training_steps(job, 0), steps + 1)
     train_epoch(job.model, few, job.step, opt, make_schedule(opt, words, 100), job.autocast, after=lambda *_: marks.append(time.perf_counter()))
     return float(np.diff(marks).mean()) if len(marks) > 1 else 1.
 

@@ -107,6 +107,7 @@ class Data(Strict):
     select:Select = Select()
     splits:Splits|None = None
     augment:list[Annotated[Transform, BeforeValidator(as_named)]] = []
+    mix:Annotated[Transform|None, BeforeValidator(as_named)] = None
     crop:Count|None = None
     repeat:Count = 1
     batch_size:Count = 8
@@ -124,6 +125,7 @@ class ModelWords(Named):
     encoder:str = "tu-resnet10t"
     weights:str|None = None
     norm:str = "batch"
+    sync_norm:bool = False
 
 
 class LossWords(Named):
@@ -138,6 +140,7 @@ class Average(Strict):
     start:Share = .75
     decay:Annotated[Number, Field(gt=0, lt=1)] = .99
     lr:Positive|None = None
+    anneal:Count = 1
 
 
 class Optimise(Strict):
@@ -146,19 +149,25 @@ class Optimise(Strict):
     lr:Positive = 3e-3
     weight_decay:NotNegative = .01
     momentum:Share = .9
-    schedule:Literal["onecycle", "cosine", "constant"] = "onecycle"
+    schedule:Literal["onecycle", "cosine", "poly", "constant"] = "onecycle"
     warmup:Share|None = None
     epochs:Count = 20
     precision:Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate:Count = 1
     clip:Positive|None = 1.
     average:Average|None = None
+    early_stop:Count|None = None
+    compile:bool = False
 
 
 class LogWords(Strict):
     "What is written while the run goes on."
     every:Count = 10
+    flush_seconds:NotNegative = 2.
+    save_every:Count = 1000
+    sinks:list[Literal["csv", "tensorboard"]] = []
     sync:str|None = None
+    sync_seconds:Positive = 60.
 
 # %% ../../nbs/train/10_config.ipynb #f0089a40
 class Config(Strict):

@@ -26,8 +26,10 @@ from ..data.opening import open as open_data
 from ..models.build import Model, build, check_options, option_names
 from .augment import Augmenter, augmenter
 from .config import Config, Data
-from .loop import autocast_of, best_device, check_batch, make_step, pick, to_device
+from .feed import to_device
+from .loop import autocast_of, best_device
 from .run import Info, wrapped
+from .steps import check_batch, make_step, pick
 from .tally import Tally
 
 # %% ../../nbs/train/60_job.ipynb #ee1dd1c0
@@ -173,6 +175,7 @@ class Job:
     metrics:tuple[str, ...]
     augment:Augmenter|None
     device:str
+    mix:Callable|None = None   # (batch, key) -> batch, for training only
 
     def tally(self)->Tally: return Tally(self.info.kind, self.info.classes, self.metrics, self.info.ignore)
     @property
@@ -193,7 +196,6 @@ def prepare(
     UnknownName : a dataset, model, encoder, loss, metric, transform or option that is not there
     BadValue, DataError, NotFound : data, task and settings do not fit each other
     """
-    if config.log.sync: raise BadValue("log.sync is not built yet", fix="leave it out, or copy the run folder when it is done")
     ds = divide(choose(find_dataset(config.data, dataset), config.data), config.data, config.seed)
     kind = kind_of(ds)
     splits = pd.DataFrame(ds.index)[["id", "split"]].dropna()
