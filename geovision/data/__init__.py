@@ -14,6 +14,7 @@ _homes = {
     "Archive": "card", "Variant": "card", "Stats": "stats", "merge": "stats", "file_stats": "stats", "percentile": "stats", "Dataset": "dataset", "collate": "batch",
     "Shuffled": "samplers", "RandomPatches": "samplers", "GridPatches": "samplers", "BlockPatches": "samplers", "Weighted": "samplers",
     "class_shares": "samplers", "balance": "samplers", "align": "combine", "Joined": "combine", "Aligned": "combine",
+    "check": "checking", "passed": "checking",
 }
 
 

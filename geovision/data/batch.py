@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import BadValue, DataError
+from .dataset import on_time
 
 # %% ../../nbs/data/75_batch.ipynb #312278e8
 def collate(
@@ -28,27 +29,35 @@ def collate(
     DataError : images of different sizes; BadValue : no samples
     """
     if not samples: raise BadValue("a batch needs at least one sample")
-    keys = dict.fromkeys(k for s in samples for k in s)
     if any("valid" in s for s in samples): samples = [s if "valid" in s else {**s, "valid": _whole(s)} for s in samples]
-    if isinstance(samples[0].get("time"), (list, np.ndarray)): samples = _padded(samples)
-    return {k: _join(k, [s.get(k) for s in samples]) for k in [*keys, *(["frames"] if "frames" in samples[0] else [])]}
+    samples = _padded(samples)
+    return {k: _join(k, [s.get(k) for s in samples]) for k in dict.fromkeys(k for s in samples for k in s)}
 
 
 def _whole(sample):
     "A sample in which nothing is missing."
     import torch
-    image = sample.get("image", sample.get("sar"))
+    image = next(sample[k] for k in ("image", "sar", *sample) if getattr(sample.get(k), "ndim", 0) >= 3)
     return torch.ones(image.shape[:1] + image.shape[-2:] if image.ndim == 4 else image.shape[-2:], dtype=torch.bool)
 
 
 def _padded(samples):
-    "Series brought to one length."
+    "Series brought to one length, each modality along its own dates."
     import torch
-    t = max(len(s["time"]) for s in samples)
-    def pad(s, v):
-        if not (isinstance(v, torch.Tensor) and v.ndim >= 3 and v.shape[0] == len(s["time"])): return v
-        return torch.cat([v, v.new_zeros((t - len(v), *v.shape[1:]))])
-    return [{**{k: pad(s, v) for k, v in s.items()}, "frames": torch.arange(t) < len(s["time"])} for s in samples]
+    along = [on_time(s) for s in samples]
+    out = [dict(s) for s in samples]
+    for clock in dict.fromkeys(c for a in along for c in a):
+        t = max(len(s[clock]) for s, a in zip(samples, along) if clock in a)
+        for s, a in zip(out, along):
+            for k in a.get(clock, ()): s[k] = _longer(s[k], t)
+            s[clock[:-4] + "frames"] = torch.arange(t) < (len(s[clock]) if clock in a else 0)
+    return out
+
+
+def _longer(value, t):
+    "A tensor with zeros at the end of its first axis; anything else as it is."
+    import torch
+    return torch.cat([value, value.new_zeros((t - len(value), *value.shape[1:]))]) if isinstance(value, torch.Tensor) else value
 
 
 def _stacked(tensors):

@@ -35,6 +35,7 @@ class Asset:
     keep:tuple[str, ...]|None=None        # Bands used unless others are chosen; None: all
     more:bool=False                       # Files may hold more bands than these; the first are taken
     span:tuple[float, float]|None=None    # Range of the histogram in the statistics; None: all of an integer type
+    crs:str|None=None                     # Of files that have a place but no CRS, as with a world file (.tfw)
 
     def __post_init__(self):
         if self.gsd is not None and self.gsd <= 0: raise BadValue(f"gsd must be positive, got {self.gsd}")

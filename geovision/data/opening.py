@@ -17,20 +17,23 @@ import numpy as np
 import pandas as pd
 
 import geovision.data.combine
+import geovision.data.labels
 import geovision.data.leaks
 import geovision.data.select
 import geovision.data.splits
 import geovision.data.summary
 import geovision.data.tiles
 import geovision.data.time  # noqa: F401  (each gives Dataset some of its methods)
-from ..core.errors import BadFile, BadValue, DataError, NotFound
+from ..core.errors import BadFile, BadValue, DataError, NotFound, UnknownName
 from ..core.files import data_root
 from ..core.registry import lookup, names
 from .bands import AERIAL, SENTINEL2, WORLDVIEW3, Band
-from .card import Asset, Card, Task, facts, variant_of
+from .card import Asset, Card, Task, facts, task_of, variant_of
 from .dataset import Dataset, open_dataset
+from .elsewhere import elsewhere
 from .index import scan
 from .layout import Layout, Template, find, natural
+from .pack import open_pack
 from ..geo.raster import info, read
 
 # %% ../../nbs/data/90_open.ipynb #c00048c0
@@ -62,7 +65,7 @@ def catalog()->pd.DataFrame:
 
 
 def open(
-    name:str,                  # As in the catalogue
+    name:str,                  # As in the catalogue; or a pack, town.h5
     root:str|Path|None=None,   # Where it is; None: $GEOVISION_DATA/<name>, else ./data/<name>
     split:str|None=None,       # Only this split
     task:str|None=None,        # Which of its tasks; the first by default
@@ -74,12 +77,31 @@ def open(
 
     Errors
     ------
-    UnknownName : no such dataset, split, task or variant; BadFile : no such folder; NotFound : none of its files are there
+    UnknownName : no such dataset, split, task or variant; BadFile : no such folder; NotFound : none of its files are there or one level away
     """
+    if str(name).endswith(".h5"): return _from_pack(Path(root or "")/name, split, task, variant)
     known = card(name)
     root = data_root(name) if root is None else Path(root)
+    task_of(known, task)
+    try: ds = _open_at(known, root, task, variant, workers, scheduler)
+    except (NotFound, BadFile, DataError) as error:
+        if isinstance(error, UnknownName): raise
+        root = elsewhere(known, root, error, [lookup("card", n) for n in names("card")])
+        ds = _open_at(known, root, task, variant, workers, scheduler)
+    return ds if split is None else ds.split(split)
+
+
+def _open_at(known, root, task, variant, workers, scheduler):
+    "Open the folder itself, in the form that is there."
     found, formed = variant_of(known, root, variant)
-    ds = open_dataset(formed, root, task, found, workers, scheduler)
+    return open_dataset(formed, root, task, found, workers, scheduler)
+
+
+def _from_pack(path, split, task, variant):
+    "A dataset that was packed into one file; its root, if one is given, is the folder of the file."
+    load_cards()
+    ds = open_pack(path, task)
+    if variant not in (None, ds.variant): raise BadValue(f"{path.name} holds the variant {ds.variant or 'that has no name'}", fix="leave variant out")
     return ds if split is None else ds.split(split)
 
 # %% ../../nbs/data/90_open.ipynb #57652291

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.errors import BadFile
 from ..core.files import inside
-from .stats import Stats, file_stats
+from .stats import SUMS, Stats, file_stats
 from ..geo.raster import RasterInfo, info
 
 # %% ../../nbs/data/35_paths.ipynb #abb704cc
@@ -115,6 +115,7 @@ def band_stats(
     names:Sequence[str],                    # Of all bands
     nodata:float|None=None,                 # Where the files do not say
     span:tuple[float, float]|None=None,     # Range of the histogram of float images
+    edges:np.ndarray|None=None,             # Of a short histogram, as in `file_stats`
 )->Stats:
     """The statistics of all bands.
 
@@ -122,7 +123,7 @@ def band_stats(
     ------
     BadFile : a band is missing or cannot be read
     """
-    each = [file_stats(band_file(path, n), nodata=nodata, span=span) for n in names]
-    parts = [np.concatenate([getattr(s, k)[:1] for s in each]) for k in ("n", "mean", "m2", "m3", "m4", "min", "max")]
+    each = [file_stats(band_file(path, n), nodata=nodata, span=span, edges=edges) for n in names]
+    parts = {k: np.concatenate([getattr(s, k)[:1] for s in each]) for k in SUMS}
     same = each[0].hist is not None and all(s.edges is not None and np.array_equal(s.edges, each[0].edges) for s in each)
-    return Stats(*parts, np.concatenate([s.hist[:1] for s in each]) if same else None, each[0].edges if same else None)
+    return Stats(**parts, hist=np.concatenate([s.hist[:1] for s in each]) if same else None, edges=each[0].edges if same else None)

@@ -14,8 +14,10 @@ import numpy as np
 from ..core.errors import BadValue, DataError
 from ..core.parallel import progress
 from ..core.seeds import generator
-from .dataset import WINDOW, Dataset
+from .dataset import GROUND, WINDOW, Dataset
+from .labels import kept_shares
 from .tiles import _sizes
+from .time import Series
 from ..geo.tiles import TileGrid
 from ..geo.window import Box
 
@@ -80,8 +82,12 @@ class RandomPatches(Sampler):
 def sizes_of(
     ds:Dataset,   # The dataset, tiled or not
 )->list[tuple[int, int]]:
-    "(H, W) of every sample, from the index."
-    return [(int(h), int(w)) for w, h in ds.rows[list(WINDOW[2:])].to_numpy()] if "_x" in ds.rows else _sizes(ds)
+    "(H, W) of every sample, from the index; of a series, of its first frame."
+    at = ds.heads()
+    if "_x0" in ds.rows: return [(int(h), int(w)) for h, w in ds.rows[list(GROUND[4:6])].to_numpy()[at]]
+    if "_x" in ds.rows: return [(int(h), int(w)) for w, h in ds.rows[list(WINDOW[2:])].to_numpy()[at]]
+    sizes = _sizes(ds)
+    return [sizes[i] for i in at]
 
 # %% ../../nbs/data/70_samplers.ipynb #a8b7983e
 class GridPatches(Sampler):
@@ -112,8 +118,10 @@ class Weighted(Sampler):
 def class_shares(
     ds:Dataset,        # With a segmentation task
 )->np.ndarray:         # (N, classes), each row sums to 1; ignored pixels left out
-    "The share of each class in every sample, from its mask."
+    "The share of each class in every sample: from the statistics of labels where they are kept, else from its mask."
     if not ds.classes: raise DataError(f"{ds.card.name} has no classes", fix="open it with a task that has some")
+    kept = kept_shares(ds) if isinstance(ds, Dataset) and not isinstance(ds, Series) else None
+    if kept is not None and kept.shape == (len(ds), len(ds.classes)): return kept
     labels = ds.select(assets=[a for a in ds.assets if a == ds.task.target or a == ds.main])
     counts = np.array([np.bincount(m[(m >= 0) & (m < len(ds.classes))], minlength=len(ds.classes))
                        for m in (labels[i]["mask"].numpy().ravel() for i in progress(range(len(ds)), "class shares"))], float)
