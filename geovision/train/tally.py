@@ -7,11 +7,13 @@ __all__ = ['KINDS', 'Owner', 'Tally', 'check_metrics']
 
 # %% ../../nbs/train/05_tally.ipynb #751e9546
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..core.errors import BadValue
 from ..core.registry import lookup, register
-from .metrics import Calibration, Confusion, MultiLabel, Regression, mean_of_present
+from ..models.objects import objects_from
+from .metrics import Calibration, Confusion, MultiLabel, Objects, Pictures, Regression, mean_of_present
 
 # %% ../../nbs/train/05_tally.ipynb #c9be8d5c
 class Owner:
@@ -55,9 +57,13 @@ _metric("ece", needs="confidence", better="low")
 for _name in ("mae", "mse", "rmse"): _metric(_name, needs="numbers", better="low")
 _metric("bias", needs="numbers", better="zero")
 _metric("r2", needs="numbers")
+for _name in ("psnr", "ssim"): _metric(_name, needs="pictures")
+_metric("sam", needs="pictures", better="low")
+for _name in ("object_f1", "pq", "sq", "object_precision", "object_recall"): _metric(_name, needs="objects")
 
 # %% ../../nbs/train/05_tally.ipynb #ce9abc95
-KINDS = {"segmentation": "labels", "classification": "labels", "multilabel": "questions", "regression": "numbers"}
+KINDS = {"segmentation": "labels", "classification": "labels", "multilabel": "questions", "regression": "numbers", "change": "labels",
+         "instance": "objects", "reconstruction": "pictures", "image_to_image": "pictures"}
 
 
 class Tally:
@@ -68,11 +74,13 @@ class Tally:
         classes:tuple[str, ...],      # Their names; () for regression
         metrics:tuple[str, ...],      # Registered names
         ignore:int|None=None,         # The label to leave out
+        peak=(1.,),                   # For pictures: the largest difference there can be, one a band
     ):
-        self.kind, self.classes, self.metrics, self.ignore = kind, tuple(classes), tuple(metrics), ignore
+        self.kind, self.classes, self.metrics, self.ignore, self.peak = kind, tuple(classes), tuple(metrics), ignore, peak
         check_metrics(kind, self.metrics)
         makers = {"labels": lambda: Confusion(len(classes), ignore), "questions": lambda: MultiLabel(len(classes), ignore),
-                  "numbers": lambda: Regression(ignore), "confidence": lambda: Calibration(ignore=ignore)}
+                  "numbers": lambda: Regression(ignore), "confidence": lambda: Calibration(ignore=ignore),
+                  "pictures": lambda: Pictures(peak), "objects": lambda: Objects(ignore)}
         needed = {_needs(m, kind) for m in self.metrics} | {KINDS[kind]}
         self.states = {name: makers[name]() for name in sorted(needed)}
 
@@ -87,11 +95,13 @@ class Tally:
             if name == "labels": state.update(logits.argmax(1), target, valid)
             elif name == "confidence": state.update(logits.float().softmax(1), target, valid)
             elif name == "questions": state.update(logits > 0, target, valid)
+            elif name == "pictures": state.update(logits.float(), target, valid)
+            elif name == "objects": _count_objects(state, logits, target, valid)
             else: state.update(logits.float().reshape(target.shape), target, valid)
         return self
 
     def __add__(self, other:"Tally")->"Tally":
-        both = Tally(self.kind, self.classes, self.metrics, self.ignore)
+        both = Tally(self.kind, self.classes, self.metrics, self.ignore, self.peak)
         both.states = {name: state + other.states[name] for name, state in self.states.items()}
         return both
 
@@ -106,10 +116,17 @@ class Tally:
         return table
 
 
+def _count_objects(state:Objects, logits:Tensor, target:Tensor, valid:Tensor|None)->None:
+    "Picture by picture: maps to objects, objects to counts."
+    maps = logits.float().cpu()
+    maps = torch.cat([maps[:, :2].sigmoid(), maps[:, 2:]], 1).numpy()
+    for k, true in enumerate(target.cpu().numpy()): state.update(objects_from(*maps[k]), true, None if valid is None else valid[k].cpu().numpy())
+
+
 def _needs(metric:str, kind:str)->str:
     "The state a metric reads: most read the labels, whatever form they have in this kind of task."
     needs = getattr(lookup("metric", metric), "needs", "labels")
-    return KINDS[kind] if needs == "labels" else needs
+    return KINDS[kind] if needs == "labels" or (needs == "numbers" and KINDS[kind] == "pictures" and metric in ("rmse", "mae")) else needs
 
 
 def check_metrics(kind:str, metrics:tuple[str, ...])->None:
@@ -118,6 +135,6 @@ def check_metrics(kind:str, metrics:tuple[str, ...])->None:
                             why=f"there are some for {', '.join(KINDS)}")
     for name in metrics:
         needs = getattr(lookup("metric", name), "needs", "labels")
-        allowed = {"regression": {"numbers"}, "multilabel": {"labels"}}.get(kind, {"labels", "confidence"})
-        if needs not in allowed: raise BadValue(f"the metric {name} does not fit {kind}", why=f"it needs {needs}",
+        allowed = {"numbers": {"numbers"}, "questions": {"labels"}, "pictures": {"pictures"}, "objects": {"objects"}}.get(KINDS[kind], {"labels", "confidence"})
+        if needs not in allowed and not (KINDS[kind] == "pictures" and name in ("rmse", "mae")): raise BadValue(f"the metric {name} does not fit {kind}", why=f"it needs {needs}",
                                 fix="leave it out of metrics")
