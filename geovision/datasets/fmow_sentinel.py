@@ -58,7 +58,7 @@ def listed_images(
     base, rows, gone = (root/"fmow-sentinel" if (root/"fmow-sentinel").is_dir() else root), [], 0
     for split in ("train", "val", "test_gt"):
         table = _list_of(root, base, split)
-        there = {n: f for f, _, names in os.walk(base/split) for n in names if n.endswith(".tif")}
+        there = {n: f for f, _, names in os.walk(base/split) for n in names if n.endswith(".tif") and n.rpartition("_")[0] == os.path.basename(f)}
         lines = _by_names(there) if table is None else table.rename(columns={"timestamp": "date"}).to_dict("records")
         for line in lines:
             stem = f"{line['category']}_{line['location_id']}_{line['image_id']}"
