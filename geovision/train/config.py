@@ -163,7 +163,7 @@ class Optimise(Strict):
 class LogWords(Strict):
     "What is written while the run goes on."
     every:Count = 10
-    flush_seconds:NotNegative = 2.
+    flush_seconds:NotNegative = 1.
     save_every:Count = 1000
     sinks:list[Literal["csv", "tensorboard"]] = []
     sync:str|None = None

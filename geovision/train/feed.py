@@ -17,6 +17,7 @@ from ..core.seeds import generator
 from ..data.batch import collate
 from .ranks import Ranks
 from .steps import pick
+from .words import listen
 
 # %% ../../nbs/train/48_feed.ipynb #7210042a
 def epoch_order(
@@ -35,7 +36,7 @@ class Visits(torch.utils.data.Dataset):
         self,
         dataset,                        # Anything with `ds[i]`
         order:Sequence[int],            # Positions
-        target:str,                     # mask, label or target
+        target:str|Callable,            # The step, or the name of its answer
         augment:Callable|None=None,     # (sample, key) -> sample
         key:tuple=(),                   # Seed and epoch
     ):
@@ -60,7 +61,7 @@ def batches(
     "Stack samples in order; where the size changes a new batch begins."
     waiting = []
     for sample in _loader(visits, range(len(visits)) if positions is None else positions, workers, device):
-        if waiting and (len(waiting) == size or sample["image"].shape != waiting[0]["image"].shape):
+        if waiting and (len(waiting) == size or sample["image"].shape[-3:] != waiting[0]["image"].shape[-3:]):
             yield to_device(collate(waiting), device)
             waiting = []
         waiting.append(sample)
@@ -70,7 +71,7 @@ def batches(
 def _loader(visits:Visits, positions:Sequence[int], workers:int, device:str):
     "Samples one by one, read ahead by workers."
     return torch.utils.data.DataLoader(visits, batch_size=None, sampler=positions, num_workers=workers, pin_memory=device.startswith("cuda"),
-                                       generator=torch.Generator().manual_seed(0))
+                                       generator=torch.Generator().manual_seed(0), worker_init_fn=listen)
 
 
 def to_device(
@@ -120,6 +121,6 @@ def _alike(samples:list[dict])->list[list[dict]]:
     "Neighbours of one size."
     parts = []
     for s in samples:
-        if parts and parts[-1][0]["image"].shape == s["image"].shape: parts[-1].append(s)
+        if parts and parts[-1][0]["image"].shape[-3:] == s["image"].shape[-3:]: parts[-1].append(s)
         else: parts.append([s])
     return parts

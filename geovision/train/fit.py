@@ -23,26 +23,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.errors import BadValue, DataError, GeoVisionError, NoSpace
-from ..core.files import whole
+from ..core.files import whole, write_json
 from ..core.parallel import progress
 from ..core.registry import lookup
 from ..core.seeds import hash64, seed_everything
-from ..models.normalise import blank
 from ..models.norm import share_statistics
 from ..models.sides import AllSides
+from .alongside import alongside, check_agreed
 from .averages import Averager
 from .checkpoints import load_into, load_state, random_state, restore_random, save_checkpoint, save_weights, step_back
 from .config import Config, load_config
 from .feed import Visits, batches, epoch_order, feed, plan
 from .folder import locked, open_folder, same_samples, write_folder
-from .job import Job, choose, divide, find_dataset, prepare
-from .log import Log, logger, reopen, text_log
+from .job import Job, choose, divide, find_dataset, paired, prepare
+from .log import Log, reopen
 from .loop import best_device, claims, evaluate as judge, scaler_of, train_epoch
 from .optimise import make_optimiser, make_schedule
+from .profile import named_data, named_step, profiling
 from .ranks import gathered, joined, main_first, ranks, wait
 from .run import Run
-from .steps import make_step
+from .sinks import make_sinks
+from .state import FINISHED
+from .steps import see
 from .tally import Tally
+from .words import logger, text_log
 
 # %% ../../nbs/train/65_fit.ipynb #b883759f
 @dataclass
@@ -63,6 +67,7 @@ class Training:
     stale:int=0                    # Epochs since then
     rows:dict=field(default_factory=dict)   # Of each table of the log
     random:Any=None                # Generators of this process, until they are put back
+    tick:Callable=lambda: None     # Tells a profiler that a step is done
 
     def state_dict(self)->dict[str, Any]:
         "Tensors, numbers and words; every process has to ask at the same time."
@@ -118,7 +123,7 @@ def visits_of(
 )->Visits:
     "The samples of an epoch, in order."
     data, seed = job.config.data, job.config.seed
-    return Visits(job.train, epoch_order(len(job.train), seed, epoch, data.repeat), job.step.target, job.augment, (seed, kind, epoch))
+    return Visits(job.train, epoch_order(len(job.train), seed, epoch, data.repeat), job.step, job.augment, (seed, kind, epoch))
 
 
 def training_steps(
@@ -127,7 +132,7 @@ def training_steps(
     start:int=0,  # Steps that are done
 )->Iterator[list[dict]]:
     "The batches of each step of an epoch."
-    groups = feed(visits_of(job, epoch), steps_of(job), job.config.data.workers, job.device, start)
+    groups = named_data(feed(visits_of(job, epoch), steps_of(job), job.config.data.workers, job.device, start))
     if job.mix is None: yield from groups; return
     for k, group in enumerate(groups, start): yield [job.mix(batch, (job.config.seed, "mix", epoch, k, b, ranks().rank)) for b, batch in enumerate(group)]
 
@@ -138,7 +143,7 @@ def statistics_images(
 )->Iterator[Tensor]:
     "Images to measure the batch norms of averaged weights on: this process's part of the epoch, augmented anew."
     groups = feed(visits_of(job, epoch, "statistics"), steps_of(job), job.config.data.workers, job.device)
-    return (blank(b["image"], b.get("valid")) for group in groups for b in group)
+    return (see(b) for group in groups for b in group)
 
 
 def one_epoch(
@@ -150,7 +155,7 @@ def one_epoch(
     seed_everything(hash64(job.config.seed, "epoch", run.epoch, *([ranks().rank] if ranks().rank else [])) >> 32)
     if run.random is not None: restore_random(run.random)
     data, run.random = training_steps(job, run.epoch, run.done), None
-    train_epoch(run.net, data, job.step, run.opt, run.sched, job.autocast, words.clip, run.scaler, after)
+    train_epoch(run.net, data, named_step(job.step), run.opt, run.sched, job.autocast, words.clip, run.scaler, after)
     seconds, (loss, count) = time.perf_counter() - start, run.sums
     run.epoch, run.done, run.sums = run.epoch + 1, 0, (0., 0)
     run.averager.after_epoch(job.model, run.epoch/words.epochs, statistics_images(job, run.epoch - 1))
@@ -188,7 +193,7 @@ def judge_on(
 )->tuple[dict[str, float], Tally|None]:   # split/metric/class -> value, and the counts
     "Loss and metrics of some samples."
     if ds is None: return {}, None
-    visits, us = Visits(ds, range(len(ds)), job.step.target), ranks()
+    visits, us = Visits(ds, range(len(ds)), job.step), ranks()
     data = batches(visits, max(1, job.config.data.batch_size//us.world), job.config.data.workers, job.device, range(us.rank, len(ds), us.world))
     loss, tally = judge(model, data, job.step, job.tally(), job.autocast, claims(ds))
     return {f"{name}/loss": loss} | {f"{name}/{metric}/{label}": value for (metric, label), value in tally.scores().items()}, tally
@@ -197,10 +202,12 @@ def judge_on(
 def _run_epochs(
     run:Training,      # Where to start
     folder:Path,       # Of the run
+    profile:bool=False,
 )->None:
     "Train to the end, leaving a resumable folder after every epoch and on the way."
     words, main = run.job.config.optimise, ranks().main
-    with reopen(folder/"metrics.h5", keep=run.rows) if main else nullcontext() as log, _bar(run, main) as bar:
+    if main: (folder/FINISHED).unlink(missing_ok=True)
+    with _log_of(run, folder) as log, _bar(run, main) as bar, _watched(run, folder, profile):
         bar.update(run.steps)
         while run.epoch < words.epochs and not (words.early_stop and run.stale >= words.early_stop):
             bar.set_description(f"epoch {run.epoch + 1}/{words.epochs}")
@@ -210,6 +217,20 @@ def _run_epochs(
             checkpoint(run, folder)
             logger.info("epoch %d: %s", run.epoch, brief(row))
     if run.epoch < words.epochs: logger.info("stopped early: %d epochs without a better score", run.stale)
+    if main: write_json(folder/FINISHED, {"epochs": run.epoch, "steps": run.steps})
+
+
+def _log_of(run:Training, folder:Path):
+    "The log, in the first process."
+    if not ranks().main: return nullcontext()
+    words = run.job.config.log
+    return reopen(folder/"metrics.h5", keep=run.rows, seconds=words.flush_seconds, sinks=make_sinks(words.sinks, folder/"metrics"))
+
+
+@contextmanager
+def _watched(run:Training, folder:Path, profile:bool)->Iterator[None]:
+    "Let a profiler look at some steps."
+    with profiling(folder/"profile" if profile and ranks().main else None, len(steps_of(run.job)), run.job.device) as run.tick: yield
 
 
 def _bar(run:Training, main:bool):
@@ -225,6 +246,7 @@ def _log_epoch(run:Training, log:Log, row:dict, tally:Tally|None)->None:
     for table, values in rows.items():
         log.row(table, **values)
         run.rows[table] = run.rows.get(table, 0) + 1
+    log.flush()
 
 
 def checkpoint(
@@ -257,12 +279,15 @@ def _after_step(run:Training, folder:Path, log:Log|None, bar)->Callable:
         logged = run.steps % words.every == 0
         if logged or run.job.device == "cpu": check_loss(loss, group, folder)
         if logged and log is not None: write(float(loss/count.clamp(min=1)), float(norm))
-        if run.steps % words.save_every == 0 and run.done < len(steps_of(run.job)): checkpoint(run, folder)
+        if run.steps % words.save_every == 0 and run.done < len(steps_of(run.job)):
+            if log is not None: log.flush()                                     # the rows that the checkpoint counts
+            checkpoint(run, folder)
+        run.tick()
 
     def write(loss:float, norm:float)->None:
         now = time.perf_counter()
         log.row("steps", step=run.steps, epoch=run.epoch + 1, loss=loss, lr=rate(run), seconds=now - start, samples=size, gradient=norm,
-                per_second=mark[1]/max(now - mark[0], 1e-9), memory_mb=memory_mb(run.job.device))
+                per_second=mark[1]/max(now - mark[0], 1e-9), memory_mb=memory_mb(run.job.device), total=run.total, time=time.time())
         mark[:] = now, 0
         run.rows["steps"] = run.rows.get("steps", 0) + 1
         bar.set_postfix(loss=f"{loss:.3f}")
@@ -320,6 +345,7 @@ def fit(
     overrides:Iterable[str]=(),          # Each `dotted.key=value`
     resume:bool|str=False,               # Go on where it stopped, or begin; "previous" goes one checkpoint back
     reset:bool=False,                    # Delete an earlier run of this name
+    profile:bool=False,                  # Watch a few steps: a trace and a table in the run's profile/
     device:str|None=None,                # The best there is when None
 )->Run:                                  # The folder, opened
     """Train a model and leave a run folder.
@@ -331,15 +357,20 @@ def fit(
     BadValue, UnknownName, DataError, NotFound : settings and data that do not fit, before anything is written
     """
     if resume not in (True, False, "previous"): raise BadValue(f"resume cannot be {resume!r}", fix="say True, or 'previous'")
+    from_file, overrides = isinstance(config, (str, Path)), list(overrides)
     config = load_config(config, overrides)
     folder = Path(root)/config.name
-    with joined() as us, ExitStack() as stack:
+    if from_file: check_agreed(config.log, overrides)                           # did anybody here agree to copies there?
+    make_sinks(config.log.sinks, folder)                                        # is there what they need?
+    with joined() as us, alongside(folder, config.log) as start_copying, ExitStack() as held, ExitStack() as stack:
         with main_first():
             going_on = us.main and open_folder(folder, config, bool(resume), reset)
-            if us.main and folder.exists(): stack.enter_context(locked(folder))
+            if us.main and folder.exists(): held.enter_context(locked(folder))
+            stack.enter_context(text_log(folder/"log.txt", after=folder/"model.json"))
             job = prepare(config, dataset, model, loss, device)
-            if us.main: _open(stack, folder, job, going_on, resume)
-        with text_log(folder/"log.txt"), _in_words(folder): _run_epochs(begin(job, folder), folder)
+            if us.main: _open(held, folder, job, going_on, resume)
+            if us.main: start_copying()
+        with _in_words(folder): _run_epochs(begin(job, folder), folder, profile)
         wait()
     return Run(folder)
 
@@ -383,13 +414,13 @@ def evaluate(
     NotFound : the run has no such split or no weights yet
     """
     wanted = set(run.ids(split))
-    ds = divide(choose(find_dataset(run.config.data, dataset), run.config.data), run.config.data, run.config.seed)
+    ds = paired(divide(choose(find_dataset(run.config.data, dataset), run.config.data), run.config.data, run.config.seed))
     at = np.flatnonzero(ds.index["id"].isin(wanted) & (ds.index["split"] == split))
     if len(at) < len(wanted): raise DataError(f"{len(wanted) - len(at)} of {len(wanted)} samples of {split} are gone",
                             fix="bring the data back")
     job = _judging(run, metrics, device)
     net = run.model(model, which).to(job.device)
-    if all_sides and run.info.kind != "regression": net = AllSides(net, several=run.info.kind == "multilabel")
+    if all_sides and run.info.kind in ("segmentation", "change", "classification", "multilabel"): net = AllSides(net, several=run.info.kind == "multilabel")
     with joined(): scores, _ = judge_on(job, ds.take(at), net, split)
     rows = [(split, *(key.split("/", 2)[1:] + ["all"])[:2], value) for key, value in scores.items()]
     return pd.DataFrame(rows, columns=["split", "metric", "class", "value"])
@@ -401,9 +432,9 @@ def _judging(
     device:str|None=None,                # The best there is when None
 )->Job:                                  # Enough of one to judge with
     "Step, tally and device of a run that is only looked at."
-    from geovision.train.job import DEFAULTS, make_loss
+    from geovision.train.job import DEFAULTS, make_loss, step_of
     config, info = run.config, run.info
     fn, options = make_loss(config, info.kind)
     names = tuple(metrics or config.metrics or DEFAULTS[info.kind][1])
-    step = make_step(info.kind, fn, info.ignore, **options)
+    step = step_of(fn, options, info)
     return Job(config, None, None, None, step, info, run.splits, names, None, device or best_device())

@@ -89,7 +89,8 @@ def evaluate(
         for batch in data:
             if fresh is not None: batch = _only_fresh(batch, fresh)
             with autocast: loss, count, outputs = step(model, batch)
-            tally.update(outputs, batch[step.target], batch.get("count", batch.get("valid")))
+            answer = step.truth(batch, judged=True) if hasattr(step, "truth") else (batch[step.target], batch.get("count", batch.get("valid")))
+            tally.update(outputs, *answer)
             total, seen = total + loss.float().cpu(), seen + count.cpu()
     parts = gathered((total, seen, tally))
     total, seen = sum(p[0] for p in parts), sum(p[1] for p in parts)

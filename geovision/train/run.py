@@ -28,6 +28,7 @@ from ..models.normalise import Normalise
 from .checkpoints import load_into, load_state
 from .config import Config, load_config
 from .log import read_log
+from .state import state_of
 
 # %% ../../nbs/train/30_run.ipynb #ebe7a4a0
 PACKAGES = ("geovision", "torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "rasterio")
@@ -73,6 +74,7 @@ class Info:
     gsd:float|None=None                       # Metres
     nodata:float|None=None
     build:Mapping[str, Any]|None=field(default=None)   # Words for `build`; None for a network passed in as an object
+    step:Mapping[str, Any]|None=None          # What the step and the metrics learned from the training split: spread, peak, weight
 
     def to_json(self)->dict[str, Any]:
         "Plain values."
@@ -124,6 +126,11 @@ class Run:
     def epochs(self)->int:
         "Finished epochs."
         return int(self.metrics.epoch.max()) if len(self.metrics) else 0
+
+    @property
+    def status(self)->str:
+        "empty, starting, running, finished, stopped or crashed."
+        return state_of(self.path)
 
     def __repr__(self)->str: return f"Run({str(self.path)!r}: {self.info.kind}, {len(self.classes)} classes, {self.epochs} epochs)"
 
@@ -183,8 +190,8 @@ def wrapped(
 )->Model:              # Behind our normalisation; a `Model` is left as it is
     "Put the run's normalisation before a network that was passed as an object."
     if isinstance(net, Model): return net
-    head = "segmentation" if info.kind == "segmentation" else "classification"
-    return Model(net, Normalise(info.mean, info.std), len(info.bands), max(1, len(info.classes)), info.stride, head)
+    head = "classification" if info.kind in ("classification", "multilabel", "regression") else "segmentation"
+    return Model(net, Normalise(info.mean, info.std), len(info.bands), max(1, len(info.classes)), info.stride, head, getattr(net, "scale", 1))
 
 
 def _rebuild(info:Info)->nn.Module:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ORDER = ["sampling", "index", "predict", "stats", "vectorise", "world", "imports"]
+ORDER = ["sampling", "index", "predict", "loop", "norm", "stats", "pack", "vectorise", "world", "imports", "scale"]
 
 
 def main():
