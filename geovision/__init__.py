@@ -6,7 +6,7 @@ import importlib
 
 _HOMES = {  # public name -> module: imported when first used, so that `import geovision` stays instant
     "catalog": "data.opening", "card": "data.opening", "open": "data.opening", "from_files": "data.opening", "align": "data.combine",
-    "replica": "datasets.replica", "plot": "viz.panels", "fit": "train.fit", "evaluate": "train.fit", "Run": "train.run",
+    "replica": "datasets.replica", "plot": "viz.panels", "fit": "train.fit", "evaluate": "train.fit", "Run": "train.live",
     "predict": "train.predict", "attribute": "analysis.attribution",
 }
 _ROOMS = ("core", "geo", "data", "world", "viz", "datasets", "models", "train", "analysis", "cli")

@@ -2,17 +2,19 @@
 
 Every case goes through the library (which error, naming what) and, where there is a verb for it, through the command (which exit code).
 """
-import os, pickle, shutil, subprocess, sys
+import os, pickle, shutil, subprocess, sys, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from test_catalogue import NAMES, made
 
 import geovision as gv
 from geovision.cli.main import main
 from geovision.core.errors import BadFile, BadValue, DataError, GeoVisionError, NoSpace, NotFound, UnknownName
-from geovision.data.check import check
+from geovision.data.checking import check
+from geovision.data.dataset import open_dataset
 from geovision.geo.raster import forget, info, read
 from geovision.geo.write import write_raster
 
@@ -364,3 +366,231 @@ def test_a_config_runs_nothing(tmp_path, refuses):
     (tmp_path / "evil.yaml").write_text("name: x\nloss: os.system\ndata: {dataset: inria, root: nowhere}\n")
     refuses(2, "run", "--config", tmp_path / "evil.yaml", "--root", tmp_path / "runs")
     assert left(tmp_path) == ["evil.yaml"]
+
+
+# ---------------------------------------------------------------- a folder that is nearly right
+
+SOME = ["inria", "ramp", "spacenet2", "landcover_ai", "bigearthnet", "pastis_r", "massachusetts_roads", "crowdai", "ftw", "deepglobe_roads", "hyspecnet11k", "so2sat_pop"]
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory): return tmp_path_factory.mktemp("replicas")
+
+
+@pytest.fixture
+def copied(replicas, tmp_path):
+    "A miniature of one's own to break."
+    def copy(name, to="data"):
+        shutil.copytree(made(replicas, name)[0], tmp_path / to, ignore=shutil.ignore_patterns(".geovision"))
+        return tmp_path / to
+    return copy
+
+
+def warned(fn):
+    "What it gives, and the words of its warnings."
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        out = fn()
+    return out, [str(w.message) for w in seen]
+
+
+def kinds(ds, level=None): return {r.what for r in check(ds).itertuples() if level in (None, r.level)}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_one_level_too_high_or_too_low(name, copied, tmp_path):
+    "The folder is found, one warning says which."
+    root = copied(name, "outer/data")
+    ds, _ = warned(lambda: gv.open(name, root))
+    above, said = warned(lambda: gv.open(name, tmp_path / "outer"))
+    assert len(above) == len(ds)
+    if above.root != tmp_path / "outer": assert above.root == root and sum("was found in" in w for w in said) == 1     # some layouts allow a folder more
+    inner = next(p.split("/")[0] for p in ds.table.column(f"{ds.main}.path").to_pylist() if "/" in p)
+    below, said = warned(lambda: gv.open(name, root / inner))
+    assert len(below) == len(ds)
+    if below.root != root / inner: assert below.root == root and sum("was found in" in w for w in said) == 1
+
+
+@pytest.mark.parametrize("name", ["inria", "landcover_ai", "bigearthnet"])
+def test_two_copies_are_ambiguous(name, copied, tmp_path):
+    copied(name, "outer/one"), copied(name, "outer/two")
+    fails(NotFound, lambda: gv.open(name, tmp_path / "outer"), "more than once", "outer/one", "outer/two", "ame one")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_folder_of_another_dataset_is_named(name, replicas):
+    root = made(replicas, name)[0]
+    for other in ("inria", "pastis_r", "landcover_ai"):
+        if other != name: fails(NotFound, lambda: gv.open(other, root), f"it looks like {name}", f"pen it as {name}")
+
+
+@pytest.mark.parametrize("name", ["inria", "bigearthnet", "crowdai"])
+def test_the_command_names_it_too(name, replicas, refuses):
+    refuses(2, "check", "ramp", made(replicas, name)[0], says=f"it looks like {name}")
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_file_instead_of_a_folder_and_an_empty_one(name, tmp_path, refuses):
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    (tmp_path / "empty").mkdir()
+    fails(BadFile, lambda: gv.open(name, tmp_path / "x.zip"), "x.zip is a file", "by its folder")
+    fails(NotFound, lambda: gv.open(name, tmp_path / "empty"), "holds no", "the folder is empty", "geovision fetch")
+    assert left(tmp_path) == ["empty", "x.zip"]
+
+
+@pytest.mark.parametrize("name", ["inria", "bigearthnet", "pastis_r", "spacenet2"])
+def test_a_folder_nobody_may_enter(name, copied, monkeypatch):
+    "The superuser may enter everything, so the refusal is played: the root is an error, a folder within is left out and said."
+    root, real = copied(name), os.scandir
+    (root / "locked").mkdir()
+    def closed(folder):
+        def scandir(path="."):
+            if str(path).rstrip("/") == str(folder): raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+        monkeypatch.setattr(os, "scandir", scandir)
+    closed(root)
+    fails(BadFile, lambda: gv.open(name, root), "cannot be read", "Permission denied")
+    closed(root / "locked")
+    ds, said = warned(lambda: gv.open(name, root))
+    assert len(ds) and any("folder cannot be read" in w for w in said) and "folder cannot be read" in kinds(ds, "wrong")
+
+
+# ---------------------------------------------------------------- what is missing, what is odd
+
+def half_zip(root, pattern, remove):
+    "Pack the files of a pattern into an archive beside them, and remove the first so many (-1 for all)."
+    paths = sorted(p for p in root.glob(pattern) if p.is_file())
+    with zipfile.ZipFile(root / "part.zip", "w") as z:
+        for p in paths: z.write(p, p.relative_to(root))
+    for p in paths[:remove if remove >= 0 else None]: p.unlink()
+
+
+PACKED = [("inria", "**/gt/*.tif"), ("ramp", "*/source/*.tif"), ("landcover_ai", "output/*_m.png"), ("bigearthnet", "BigEarthNet-S1/**/*.tif"), ("pastis_r", "ANNOTATIONS/*.npy")]
+
+
+@pytest.mark.parametrize("name,pattern", PACKED)
+def test_a_half_unpacked_archive(name, pattern, copied):
+    root = copied(name)
+    half_zip(root, pattern, 2)
+    ds, said = warned(lambda: gv.open(name, root))
+    assert any("half unpacked" in w and "gv.data.check" in w for w in said), said
+    found = check(ds).query("what == 'half unpacked'")
+    assert found.file.tolist() == ["part.zip"] and found.level.tolist() == ["wrong"] and "2 of its" in found.detail.iloc[0]
+
+
+@pytest.mark.parametrize("name", ["inria", "ramp", "bigearthnet", "crowdai"])
+def test_an_archive_that_was_never_unpacked(name, copied):
+    root = copied(name)
+    half_zip(root, "**/*", -1)
+    fails(GeoVisionError, lambda: gv.open(name, root), "part.zip in it: still packed", f"geovision fetch {name}")
+    (root / "part.zip").write_bytes((root / "part.zip").read_bytes()[:100])
+    fails(GeoVisionError, lambda: gv.open(name, root), "archive cannot be opened")
+
+
+MISSING = [
+    ("inria", "**/gt", "a mask", "mask"),
+    ("landcover_ai", "*.txt", "a split", None),
+    ("bigearthnet", "BigEarthNet-S1", "a sar", "sar"),
+    ("pastis_r", "ANNOTATIONS", "a mask", "mask"),
+    ("ramp", "*/labels", "polygons", "mask"),
+    ("kenya", "**/binarymasks", "a mask", "mask"),
+    ("crowdai", "**/*.json", "polygons", "polygons"),
+    ("spacenet2", "**/geojson", "polygons", "mask"),
+    ("cv4a_kenya", "**/*label.tif", "a mask", "mask"),
+    ("ai4boundaries", "**/masks", "an extent", "mask"),
+    ("hyspecnet11k", "splits", "a split", None),
+    ("ftw", "**/chips_*", "a split", None),
+]
+
+
+@pytest.mark.parametrize("name,gone,words,key", MISSING)
+def test_labels_modalities_and_split_files_may_be_missing(name, gone, words, key, copied):
+    "It opens, keys are absent, splits null, and one warning says so."
+    root = copied(name)
+    before, _ = warned(lambda: gv.open(name, root))
+    keys = {k for i in range(len(before)) for k in before[i]}
+    for p in list(root.glob(gone)): shutil.rmtree(p) if p.is_dir() else p.unlink()
+    ds, said = warned(lambda: gv.open(name, root))
+    told = [w for w in said if "no sample of" in w]
+    assert len(ds) == len(before) and len(told) == 1 and words in told[0], said
+    if key: assert key in keys and not any(key in ds[i] for i in range(len(ds)))
+    else: assert "split" not in ds.rows or ds.rows["split"].isna().all()
+    assert ("no split" if key is None else f"no {words.split()[-1]}") in kinds(ds)
+
+
+@pytest.mark.parametrize("name", ["inria", "ramp", "spacenet2", "landcover_ai", "massachusetts_roads", "deepglobe_roads"])
+def test_corrupt_rasters_and_names_that_are_not_utf8(name, copied):
+    root = copied(name)
+    before, _ = warned(lambda: gv.open(name, root))
+    names = [p for p in before.table.column("image.path").to_pylist()]
+    victim, odd = root / names[0], os.path.join(os.fsencode((root / names[0]).parent), b"caf\xe9" + os.fsencode(Path(names[0]).suffix))
+    shutil.copy(victim, odd)
+    victim.write_bytes(victim.read_bytes()[:60])
+    ds, said = warned(lambda: gv.open(name, root))
+    assert len(said) == 1 and f"{len(ds) - 1} of {len(ds)} samples" in said[0] and "1 cannot be read" in said[0] and "name is not UTF-8" in said[0], said
+    assert len(ds) == len(before)                      # nothing is dropped in silence
+    found = check(ds)
+    assert {"unreadable", "name is not UTF-8"} <= set(found["what"][found["level"] == "wrong"])
+    assert names[0] in set(found.query("what == 'unreadable'").file) and any("caf\\xe9" in f for f in found.file)
+    again, said = warned(lambda: gv.open(name, root))   # the second time from the index, and said again
+    assert len(said) == 1 and "1 cannot be read" in said[0] and len(again) == len(ds)
+
+
+@pytest.mark.parametrize("name,label", [("inria", "**/gt/*.tif"), ("ramp", "*/labels/*.geojson"), ("massachusetts_roads", "**/map/*.tif"), ("deepglobe_roads", "train/*_mask.png")])
+def test_labels_without_images_and_images_without_labels(name, label, copied):
+    root = copied(name)
+    before, _ = warned(lambda: gv.open(name, root))
+    target = before.task.target
+    paths = [(i, p, m) for i, p, m in zip(before.table.frame["id"], before.table.column("image.path").to_pylist(), before.table.column(f"{target}.path").to_pylist()) if m]
+    (root / paths[0][1]).unlink()                      # its label is left alone
+    (root / paths[1][2]).unlink()                      # its image is
+    ds, said = warned(lambda: gv.open(name, root))
+    assert any(f"1 has no {target}" in w for w in said), said
+    found = check(ds)
+    assert found.query(f"what == '{target} without image'").file.tolist() == [paths[0][2]]
+    assert found.query(f"what == 'no {target}' and level == 'wrong'").id.tolist() == [paths[1][0]]
+    assert len(ds) == len(before) - 1
+
+
+@pytest.mark.parametrize("name", ["inria", "landcover_ai", "massachusetts_roads"])
+def test_copies_among_the_images_are_listed(name, copied):
+    root = copied(name)
+    ds, _ = warned(lambda: gv.open(name, root))
+    path = root / ds.table.column("image.path").to_pylist()[0]
+    shutil.copy(path, path.with_name(f"{path.stem} (copy){path.suffix}"))
+    found = check(warned(lambda: gv.open(name, root))[0])
+    stray, kept = found[found["what"] == "image that no sample uses"], warned(lambda: gv.open(name, root))[0]
+    assert len(stray) == 1 and "(copy)" in stray.file.iloc[0] or len(kept) == len(ds) + 1      # a layout may take any name
+
+
+def test_names_met_twice_stay_apart(tmp_path):
+    "Two folders with the same file names, and a scan that calls two samples the same."
+    for place in ("a", "b"): write_raster(tmp_path / place / "x.tif", pixels(), **PLACE)
+    assert gv.from_files(str(tmp_path / "{place}/{id}.tif")).rows["id"].tolist() == ["a/x", "b/x"]
+    twins = gv.data.Card("twins", assets={"image": gv.data.Asset(gv.data.Band("grey"))})
+    twins.hook("scan", "scan", lambda root: [{"id": "x", "image.path": p} for p in ("a/x.tif", "b/x.tif")])
+    ds, said = warned(lambda: open_dataset(twins, tmp_path))
+    assert ds.rows["id"].tolist() == ["a/x", "b/x"] and "name met twice" in said[0] and "name met twice" in kinds(ds, "note")
+
+
+@pytest.mark.parametrize("name,pattern", [("spacenet2", "**/PAN/*.tif"), ("hyspecnet11k", "**/*QL_PIXELMASK.TIF"), ("bigearthnet", "Reference_Maps/**/*.tif"),
+                                          ("ftw", "**/instance/*.tif")])
+def test_optional_assets_are_checked_too(name, pattern, copied):
+    root = copied(name)
+    victim = sorted(root.glob(pattern))[0]
+    victim.write_bytes(victim.read_bytes()[:100])
+    found = check(warned(lambda: gv.open(name, root))[0])
+    assert str(victim.relative_to(root)) in set(found.query("what == 'unreadable'").file)
+
+
+@pytest.mark.parametrize("world_file,placed", [(True, True), (False, False)])
+def test_a_world_file_and_the_crs_of_the_card(world_file, placed, tmp_path):
+    "A .tfw says where the corner lies, the card says on which map; without the .tfw nobody knows the place."
+    card = gv.data.Card("old_maps", assets={"image": gv.data.Asset(gv.data.Band("grey"), gsd=.5, crs="EPSG:32633")}, layout=gv.data.Layout(image="{id}.tif"))
+    write_raster(tmp_path / "a.tif", pixels(bands=1))
+    if world_file: (tmp_path / "a.tfw").write_text("0.5\n0\n0\n-0.5\n500000.25\n4999999.75\n")
+    ds = open_dataset(card, tmp_path)
+    assert (ds.table.values("image.crs", 0) == "EPSG:32633") == placed and ("no CRS" in kinds(ds)) != placed
+    if placed:
+        assert abs(ds.index.geometry.iloc[0].centroid.x - 15) < .01 and ds[0]["crs"].to_epsg() == 32633 and ds[0]["transform"].c == 500000
+    else: assert "crs" not in ds[0] and ds.index.geometry.isna().all()

@@ -2,21 +2,19 @@
 import hashlib
 import pickle
 import re
-import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import replicas
 
 import geovision as gv
-from geovision.data.check import check
+from geovision.data.checking import check
 from geovision.data.opening import card as card_of
 
-NAMES = sorted(gv.catalog()["name"])
+NAMES = replicas.NAMES
 PUBLISHED = {  # faults of the real data that the miniatures repeat: `check` must find these, and nothing else
     "sen12floods": {"unreadable", "nothing but nodata"}, "spacenet1": {"nothing but nodata"}, "spacenet3": {"no lines"}}
-MADE = {}
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +22,11 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("replicas")
 
 
 def made(folder, name):
-    "A miniature, written once."
-    if name not in MADE:
-        start = time.perf_counter()
-        gv.replica(name, folder/name)
-        MADE[name] = folder/name, time.perf_counter() - start
-    return MADE[name]
+    "A miniature, written once a process."
+    return replicas.made(name)
 
 
-def opened(folder, name, **how):
-    "The miniature as a dataset; what it warns of does not matter here."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return gv.open(name, made(folder, name)[0], **how)
+def opened(folder, name, **how): return replicas.opened(name, **how)
 
 
 def broken(ds):

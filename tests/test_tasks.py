@@ -3,20 +3,26 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from rasterio.transform import from_origin
+from safetensors.torch import load_file
 from torchmetrics.functional.classification import multiclass_f1_score, multiclass_jaccard_index, multiclass_recall
 
 import geovision as gv
+from geovision.cli.main import main
 from geovision.core.errors import BadValue, DataError, UnknownName
+from geovision.core.registry import lookup
 from geovision.data.batch import collate
+from geovision.geo.write import write_raster
 from geovision.models.objects import objects_from, parts_of
 from geovision.train.fit import evaluate, fit
 from geovision.train.generated import Generated
-from geovision.train.job import learn, prepare
+from geovision.train.job import learn, prepare, samples_of
 from geovision.train.config import load_config
 from geovision.train.metrics import Confusion, Objects, Pictures, mean_of_present
 from geovision.train.run import Run
@@ -59,6 +65,7 @@ CASES = {
     "reconstruction": (dict(kind="reconstruction"), words(CODE, 8), "psnr", 10., True),
     "masked": (dict(kind="reconstruction"), words(epochs=8, loss={"name": "mse", "hide": .5, "patch": 4}), "psnr", 10., True),
     "image_to_image": (dict(kind="image_to_image"), words(), "psnr", 18., True),
+    "several": (dict(), words(tasks={"segmentation": {}, "regression": {}, "multilabel": {"weight": .1}}), "segmentation.iou", .4, True),
 }
 
 
@@ -75,18 +82,96 @@ def test_the_loop_fits_every_task(case, tmp_path):
     best = run.metrics.query("split == 'val' and metric == 'loss'").value
     assert np.isclose(table.query("metric == 'loss'").value.iloc[0], best, rtol=1e-5).any()
     step = prepare(load_config(config), ds, device="cpu").step
-    x = see(collate([pick(ds[0], step)]))
-    with torch.inference_mode(): assert torch.isfinite(run.model()(x)).all()
+    x = see(collate([pick(samples_of(load_config(config), ds)[0], step)]))
+    with torch.inference_mode(): said = run.model()(x)
+    assert all(torch.isfinite(v).all() for v in (said.values() if isinstance(said, dict) else [said]))
 
 
-@pytest.mark.parametrize("data, average", [(dict(dates=3), "swa"), (dict(kind="change"), "ema"), (dict(kind="image_to_image"), "swa")])
-def test_averages_and_resume_hold_for_other_inputs(data, average, tmp_path):
-    config = words(epochs=2, optimise={"epochs": 2, "average": {"kind": average, "start": .4}})
+KILLED = """
+import json, os, signal, sys
+import torch; torch.set_num_threads(1)
+from geovision.train import fit
+from geovision.train.generated import Generated
+original, calls = fit.check_loss, [0]
+def deadly(*args):
+    calls[0] += 1
+    if calls[0] == 5: os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+fit.check_loss = deadly
+fit.fit(json.loads(sys.argv[1]), Generated(**json.loads(sys.argv[2])), root=sys.argv[3], device="cpu")
+"""
+BOTH = {"segmentation": {"loss": "ce_dice", "weight": 1.}, "regression": {"loss": "mse", "weight": .5, "metrics": ["mae"]}}
+
+
+@pytest.mark.parametrize("data, average, more", [(dict(dates=3), "swa", {}), (dict(kind="change"), "ema", {}), (dict(kind="image_to_image"), "swa", {}),
+                                                 (dict(), "ema", {"tasks": BOTH})])
+def test_a_killed_run_ends_the_same_for_other_inputs(data, average, more, tmp_path):
+    "Killed in the second of three epochs; a step was saved on the way."
+    config = words(epochs=3, optimise={"epochs": 3, "average": {"kind": average, "start": .3}}, log={"every": 1, "save_every": 2}) | more
     whole = fit({**config, "name": "whole"}, Generated(**data), root=tmp_path, device="cpu")
-    again = fit({**config, "name": "again"}, Generated(**data), root=tmp_path, device="cpu")
-    keep = whole.metrics.metric.isin(["loss", "iou", "psnr"])
-    assert whole.metrics[keep].value.tolist() == again.metrics[keep].value.tolist()
-    assert whole.weights("averaged").exists()
+    command = [sys.executable, "-c", KILLED, json.dumps({**config, "name": "again"}), json.dumps(data), str(tmp_path)]
+    died = subprocess.run(command, capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert died.returncode == -9, died.stderr[-2000:]
+    assert not (tmp_path/"again"/"finished.json").exists() and Run(tmp_path/"again").epochs == 1
+    again = fit({**config, "name": "again"}, Generated(**data), root=tmp_path, device="cpu", resume=True)
+    keep = ~whole.metrics.metric.isin(["seconds", "per_second", "memory_mb"])
+    assert whole.metrics[keep].value.equals(again.metrics[keep].value) and whole.steps.loss.equals(again.steps.loss)
+    for which in ("last", "averaged"):
+        one, two = load_file(whole.weights(which)), load_file(again.weights(which))
+        assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_several_tasks_share_a_network(tmp_path):
+    "Both learn, each by its own measure; what was kept is built again and judged the same; a metric may be asked for later."
+    run = fit({**words(epochs=8), "name": "run", "tasks": BOTH}, Generated(n=36), root=tmp_path, device="cpu")
+    for task in BOTH:
+        losses = run.metrics.query(f"split == 'val' and metric == '{task}.loss'").value.to_numpy()
+        assert losses.min() < .8*losses[0], (task, losses)
+    assert run.steps.loss[-3:].mean() < .8*run.steps.loss[:3].mean()
+    assert set(run.metrics.metric) >= {"segmentation.iou", "regression.mae", "loss"} and last(run, "segmentation.iou") > .45
+    table = evaluate(run, "val", Generated(n=36), device="cpu")
+    value = table.query("metric == 'segmentation.iou' and `class` == 'mean'").value.iloc[0]
+    assert value == run.metrics.query("split == 'val' and metric == 'segmentation.iou' and `class` == 'mean'").value.max()
+    judged = evaluate(run, "val", Generated(n=36), device="cpu", metrics=["regression.rmse"])
+    assert "regression.rmse" in set(judged.metric) and "segmentation.iou" not in set(judged.metric)
+    with pytest.raises(UnknownName, match="hight"): evaluate(run, "val", Generated(n=36), device="cpu", metrics=["hight.rmse"])
+    with torch.inference_mode(): said = run.model()(torch.rand(2, 2, 40, 32))
+    assert {k: tuple(v.shape) for k, v in said.items()} == {"segmentation": (2, 2, 40, 32), "regression": (2, 1)}
+
+
+def test_batches_that_count_as_one_give_the_gradient_of_the_large_one():
+    "Exactly so where every sample has as many counted pixels as the next."
+    job = prepare(load_config({**words(), "tasks": BOTH}), Generated(), device="cpu")
+    samples, model = [pick(job.train[i], job.step) for i in range(4)], job.model.eval()
+    def gradient(parts):
+        model.zero_grad()
+        total, n = zip(*[job.step(model, collate(p))[:2] for p in parts], strict=True)
+        (sum(total)/sum(n)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    step = job.step.parts["segmentation"]
+    step.loss, step.options = lookup("loss", "ce"), {}                                      # dice is a ratio of sums over a batch
+    assert torch.allclose(gradient([samples]), gradient([samples[:1], samples[1:]]), atol=1e-5, rtol=1e-4)
+
+
+def test_numbers_in_the_index_set_the_scale_of_a_regression(tmp_path):
+    "People per cell: the network starts at their mean, the loss is in spreads, the metrics in people."
+    gv.replica("so2sat_pop", tmp_path/"data", size=64)
+    ds, config = gv.open("so2sat_pop", tmp_path/"data", task="population"), words(LABEL, epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job = prepare(load_config(config), ds, device="cpu")
+        run = fit({**config, "name": "run"}, ds, root=tmp_path, device="cpu")
+        pair = prepare(load_config({**config, "tasks": {"population": {}, "population_class": {"weight": .2}}}), ds, device="cpu")
+    people = ds.split("train").rows["population"].to_numpy(float)
+    assert np.allclose((job.info.step["center"], job.info.step["spread"]), ([people.mean()], [people.std()]))
+    batch = collate([pick(job.train[i], job.step) for i in range(min(6, len(job.train)))])
+    with torch.inference_mode(): loss, n, said = job.step(job.model.eval(), batch)
+    assert (abs(said - people.mean()) < 3*people.std()).all()
+    assert np.isclose(float(loss/n), (((said[:, 0] - batch["target"])/people.std())**2).mean().item(), rtol=1e-4)
+    with torch.inference_mode(): kept = run.model()(batch["image"])
+    assert (abs(kept - people.mean()) < 5*people.std()).all()
+    assert pair.info.step["tasks"]["population"]["step"] == job.info.step and pair.info.step["tasks"]["population_class"]["step"] == {}
+    assert pair.metrics[:2] == ("population.rmse", "population.mae")
 
 
 @pytest.mark.parametrize("mix, data, model", [("mixup", dict(kind="classification"), LABEL), ("cutmix", dict(kind="classification"), LABEL),
@@ -110,6 +195,12 @@ def test_mixing(mix, data, model, tmp_path):
     (words(metrics=["iou"]), dict(kind="instance"), BadValue, "the metric iou does not fit instance"),
     (words(LABEL), dict(kind="image_to_image"), BadValue, "one answer per image"),
     (words(loss={"name": "mse", "weight": "balanced"}), dict(kind="regression"), UnknownName, "weight"),
+    (words(tasks={"segmentation": {}, "heights": {}}), dict(), UnknownName, "no task of the dataset 'heights'"),
+    (words(tasks={"segmentation": {"loss": "mse"}, "regression": {}}), dict(), DataError, "the target has shape"),
+    (words(tasks={"segmentation": {}, "regression": {"metrics": ["iou"]}}), dict(), BadValue, "iou does not fit regression"),
+    (words(LABEL, tasks={"segmentation": {}, "regression": {}}), dict(), BadValue, "one answer per image"),
+    (words(data={"mix": "cutmix"}, tasks={"segmentation": {}, "regression": {}}), dict(), BadValue, "cutmix does not fit several"),
+    (words(loss="ce", tasks={"segmentation": {}}), dict(), BadValue, "tasks.<name>.loss"),
 ])
 def test_what_does_not_fit_is_refused_before_anything_is_written(config, data, error, says, tmp_path):
     with pytest.raises(error, match=says): fit({**config, "name": "run"}, Generated(**data), root=tmp_path, device="cpu")
@@ -143,7 +234,7 @@ fit(json.loads(sys.argv[1]), Generated(**json.loads(sys.argv[2])), root=sys.argv
 """
 
 
-@pytest.mark.parametrize("case", ["concat", "series", "masked"])
+@pytest.mark.parametrize("case", ["concat", "series", "masked", "several"])
 def test_two_processes(case, tmp_path):
     "Every parameter has a gradient in every task, which several processes insist on."
     data, config, metric, *_ = CASES[case]
@@ -153,6 +244,20 @@ def test_two_processes(case, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
     assert done.returncode == 0, done.stderr[-3000:]
     assert np.isfinite(last(Run(tmp_path/"run"), metric))
+
+
+@pytest.mark.parametrize("data, more, says", [(dict(dates=3), {}, "a series of dates"), (dict(kind="change"), {}, "before and after"),
+                                              (dict(kind="instance"), {}, "objects are made"),
+                                              (dict(), {"tasks": BOTH}, "several answers"),
+                                              (dict(kind="classification"), {"model": LABEL}, "whole image")])
+def test_runs_that_cannot_map_a_scene_say_so(data, more, says, tmp_path, capfd):
+    "One sentence and exit code 2 from the shell, the same as an error from Python; nothing is written."
+    run = fit({**words(epochs=1), "name": "run"} | more, Generated(n=12, **data), root=tmp_path, device="cpu")
+    write_raster(tmp_path/"scene.tif", np.full((2, 64, 64), 100., np.float32), crs="EPSG:32631", transform=from_origin(0, 0, 1, 1))
+    capfd.readouterr()
+    code, said = main(["predict", str(run.path), str(tmp_path/"scene.tif"), "--out", str(tmp_path/"maps")]), capfd.readouterr().err
+    assert code == 2 and says in " ".join(said.split()) and "Traceback" not in said and not list((tmp_path/"maps").glob("*.tif"))
+    with pytest.raises(BadValue, match="cannot map a scene"): gv.predict(run, tmp_path/"scene.tif", tmp_path/"map.tif")
 
 
 def test_before_and_after_of_a_real_layout(tmp_path):

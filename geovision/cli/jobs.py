@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['numbers', 'gain_and_offset', 'chosen_bands', 'map_paths', 'counts_by', 'stats_by', 'labels_by', 'score_table',
-           'scenes_of', 'predict_split', 'agreed_to_reset', 'tutorials', 'lab_command']
+           'scenes_of', 'predict_split', 'agreed_to_reset', 'agree_to_sync', 'tutorials', 'lab_command']
 
 # %% ../../nbs/cli/05_jobs.ipynb #1b724c2e
 import os
@@ -165,7 +165,7 @@ def scenes_of(
 
     Errors
     ------
-    UnknownName : the data has no such split
+    UnknownName : the data has no such split; BadValue : its images are entries of another file
     """
     from geovision.core.files import inside
     from geovision.train.job import choose, divide, find_dataset
@@ -173,6 +173,9 @@ def scenes_of(
     data = config.data.model_copy(update={"select": config.data.select.model_copy(update={"tiles": None})})
     ds = divide(choose(find_dataset(data), data), data, config.seed).split(split)
     paths = ds.table.column(f"{ds.main}.path").take(ds.rows["_row"].to_numpy()).to_pylist()
+    if any(p and "#" in p for p in paths):
+        raise BadValue(f"the images of {ds.card.name} lie in a pack", why="a map is made from a file, with its place and its blocks",
+                       fix="give the files of the folder: geovision predict RUN FILE...")
     return [(str(i).replace("/", "-"), inside(ds.root, p)) for i, p in zip(ds.rows["id"], paths)]
 
 
@@ -209,6 +212,27 @@ def agreed_to_reset(
     if not sys.stdin.isatty(): raise BadValue(f"this would delete {listed} in {folder}", why="nobody is here to be asked", fix="say --yes as well")
     if input(f"Delete {listed} in {folder}? [y/N] ").strip().lower() not in ("y", "yes"): raise BadValue("nothing was deleted", fix="give the run another name, or use --resume")
     return True
+
+# %% ../../nbs/cli/05_jobs.ipynb #8d9bd2c9
+def agree_to_sync(
+    settings,             # A config
+    changes:Sequence[str]=(),   # key=value of the command line
+    yes:bool=False,       # Agreed beforehand
+)->None:
+    """Ask whether the run may be copied where its config says.
+
+    Errors
+    ------
+    BadValue : nobody can be asked, or the answer is no
+    """
+    from geovision.train.alongside import agree, check_agreed, is_agreed
+    place = settings.log.sync
+    if place is None or any(c.partition("=")[0].strip() == "log.sync" for c in changes) or is_agreed(place): return check_agreed(settings.log, changes)
+    if not yes:
+        if not sys.stdin.isatty(): check_agreed(settings.log)
+        if input(f"This config keeps a copy of the run at {place}. Do you want that? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise BadValue("nothing was started", fix="give log.sync=null, or another place")
+    agree(place)
 
 # %% ../../nbs/cli/05_jobs.ipynb #c9230722
 def tutorials()->Path:

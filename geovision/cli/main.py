@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'Root', 'Name', 'Variant', 'Workers', 'Scheduler', 'By', 'Where', 'options', 'main', 'datasets', 'replica',
-           'fetch', 'check', 'index', 'stats', 'pack', 'Mode', 'run', 'Output', 'predict', 'demo', 'doctor', 'lab']
+           'fetch', 'check', 'index', 'stats', 'pack', 'Mode', 'run', 'watch', 'Output', 'predict', 'sync', 'demo',
+           'doctor', 'lab']
 
 # %% ../../nbs/cli/90_main.ipynb #6e51c9f2
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -16,7 +18,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .jobs import agreed_to_reset, chosen_bands, counts_by, gain_and_offset, lab_command, labels_by, map_paths, predict_split, score_table, stats_by
+from .jobs import agree_to_sync, agreed_to_reset, chosen_bands, counts_by, gain_and_offset, lab_command, labels_by, map_paths, predict_split, score_table, stats_by
 from .shell import answer, die_politely, follow_the_first, share_the_cores, show_table, stoppable
 
 # %% ../../nbs/cli/90_main.ipynb #d658dc07
@@ -170,17 +172,21 @@ def run(
     resume_previous: Annotated[bool, Option("--resume-previous", help="Go on from the checkpoint before the last one, where that is damaged.")] = False,
     reset_logs: Annotated[bool, Option("--reset-logs", help="Delete logs and checkpoints of an earlier run of this name first; shows them and asks.")] = False,
     yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+    profile: Annotated[bool, Option("--profile", help="Watch a few steps: profile/trace.json and profile/top20.txt in the run's folder.")] = False,
     split: Annotated[str, Option(help="For predict: train, val or test.")] = "test",
     root: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
+    verbose: Annotated[bool, Option("--verbose", help="Show warnings here too; the run's log.txt has them always. GEOVISION_VERBOSE=1 does the same.")] = False,
     plugin: Annotated[list[str] | None, Option(help="A module with your own models, losses or cards; may be given again.")] = None,
 )->None:
     "Train, judge or predict as a config says. Several processes: torchrun --nproc_per_node=2 --no-python geovision run ..."
     from geovision.core.registry import load_module
     from geovision.train.config import load_config
+    if verbose: os.environ["GEOVISION_VERBOSE"] = "1"
     for module in plugin or []: load_module(module)
     settings = load_config(config, changes or [])
+    if mode is Mode.fit: agree_to_sync(settings, changes or [], yes)
     folder = root/settings.name
-    if mode is Mode.fit: return _fit(settings, root, "previous" if resume_previous else resume, reset_logs and agreed_to_reset(folder, yes))
+    if mode is Mode.fit: return _fit(settings, root, "previous" if resume_previous else resume, reset_logs and agreed_to_reset(folder, yes), profile)
     from geovision.train.run import Run
     if mode is Mode.predict:
         with stoppable("finished maps are kept; the same command goes on"): maps = predict_split(Run(folder), split)
@@ -189,14 +195,28 @@ def run(
     show_table(score_table(evaluate(Run(folder), {"validate": "val", "test": "test"}[mode])))
 
 
-def _fit(settings, root, resume, reset):
+def _fit(settings, root, resume, reset, profile):
     "Train, and show the best epoch."
     from geovision.train.fit import fit
     with stoppable(f"what is finished is in {root/settings.name}; go on with the same command and --resume"):
-        made = fit(settings, root=root, resume=resume, reset=reset)
+        made = fit(settings, root=root, resume=resume, reset=reset, profile=profile)
     last = made.metrics.query("split == 'val' and epoch == epoch.max()")
     if len(last): show_table(score_table(last))
     print(f"{made.path}: {made.epochs} epochs. Use it: geovision predict {made.path} SCENE --out maps")
+
+# %% ../../nbs/cli/90_main.ipynb #b0f70cea
+@app.command(epilog="Example: geovision watch runs/town runs/village --metric iou\n\nExample: geovision watch runs/town --png town.png")
+def watch(
+    runs: Annotated[list[Path], Argument(help="Folders of runs, drawn over each other.", metavar="RUN...")],
+    metric: Annotated[list[str] | None, Option(help="What to draw beside loss, learning rate and throughput: iou, or val/iou/roof; may be given again.")] = None,
+    png: Annotated[Path | None, Option(help="Write the curves into this picture instead.")] = None,
+    seconds: Annotated[float, Option(min=.1, help="Between two looks.")] = .5,
+)->None:
+    "Live curves of running runs, or what became of others. q quits."
+    from geovision.train.watch import plot_runs, watch as look
+    if png is None: return look(runs, metric or (), seconds)
+    from geovision.viz.style import save
+    print(save(plot_runs(runs, metric or ()), png))
 
 # %% ../../nbs/cli/90_main.ipynb #388946f2
 class Output(StrEnum):
@@ -236,6 +256,26 @@ def predict(
         with stoppable("finished maps are kept; the same command goes on where it stopped"):
             done = map_scene(model, scene, path, scale=gain_and_offset(scale, offset), bands=chosen_bands(scene, bands), vectors=polygons, **options)
         print(f"{path}{f' and {polygons.name}' if vectors else ''}: {done.seconds:.1f} s")
+
+# %% ../../nbs/cli/90_main.ipynb #26dfb8d4
+@app.command(epilog="Example: geovision sync runs/town s3://maps/town --every 60\n\nExample: geovision sync ssh://lab/data/town runs/town")
+def sync(
+    source: Annotated[str, Argument(help="Folder of a run; or the address of a copy, to bring it back.")],
+    target: Annotated[str, Argument(help="A folder, s3://bucket/prefix or ssh://user@host/path; or a folder for what comes back.")],
+    every: Annotated[float | None, Option(min=.1, help="Again after so many seconds, until nobody writes the run any more.")] = None,
+    delete: Annotated[bool, Option("--delete", help="Remove over there what was sent from here and is gone here.")] = False,
+)->None:
+    "Keep a copy of a run: only what changed, whole or not at all, checked on arrival. Keys come from the environment, ~/.aws, ~/.ssh."
+    from geovision.core.errors import GeoVisionError
+    from geovision.train.alongside import agree
+    from geovision.train.sync import bring_back, sync as send, timed
+    with stoppable("what was sent is whole; the same command goes on"):
+        if "://" in source: return print(f"{target}: {bring_back(source, target)}")
+        agree(target)
+        try: send(source, target, every, delete, warn=timed)
+        except GeoVisionError as e:
+            if every is None: raise
+            timed(str(e)); raise typer.Exit(e.exit_code)
 
 # %% ../../nbs/cli/90_main.ipynb #9fd23415
 @app.command(epilog='Example: geovision demo --images "chips/{split}/source/{id}.tif" --masks "chips/{split}/masks/{id}.tif" --minutes 10')

@@ -27,7 +27,7 @@ from .leaks import picture_hashes
 from .paths import BAND, band_file, band_info, keyed, locate, per_band
 from .read import read_vector, to_ids
 from .stats import file_stats
-from .summary import array_stats
+from .counting import array_stats
 from .survey import Note, survey, walk
 from ..geo.raster import RasterInfo, info, read
 from ..geo.window import Box

@@ -229,9 +229,16 @@ def wanted(
     **known,         # What could be told
 )->dict[str, Any]:   # What it asks for with keyword-only parameters
     "The part of what is known that a hook has a keyword for."
-    try: asks = inspect.signature(hook).parameters.values()
-    except (TypeError, ValueError): return {}
-    return {p.name: known[p.name] for p in asks if p.kind is p.KEYWORD_ONLY and p.name in known}
+    try: asks = _keywords(hook)
+    except TypeError: asks = _keywords.__wrapped__(hook)     # a hook that has no hash
+    return {k: known[k] for k in asks if k in known}
+
+
+@lru_cache(maxsize=256)
+def _keywords(hook):
+    "The keyword-only parameters of a function; looked up once, since each read of a sample asks."
+    try: return tuple(p.name for p in inspect.signature(hook).parameters.values() if p.kind is p.KEYWORD_ONLY)
+    except (TypeError, ValueError): return ()
 
 # %% ../../nbs/data/60_dataset.ipynb #22c0e7cd
 def on_time(
@@ -301,7 +308,14 @@ def _ask(ds, name, path, box, at, i, crs):
     hook = ds.card.hooks["read"][name]
     extra = wanted(hook, row=i, crs=crs)
     if "row" in extra: extra["row"] = ds.rows.iloc[i].to_dict()
-    return hook(locate(ds.root, path), box, at, **extra)
+    name, mark, key = path.partition("#")
+    return hook(f"{_table_file(str(ds.root), name)}#{key}" if mark else locate(ds.root, path), box, at, **extra)
+
+
+@lru_cache(maxsize=64)
+def _table_file(root, name):
+    "One file that holds many samples; whether it lies inside the root is looked up once, not for every sample."
+    return inside(root, name)
 
 
 def _about(ds, name, full):

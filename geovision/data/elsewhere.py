@@ -139,7 +139,7 @@ def _named(names): return f"it looks like {' or '.join(names)}", f"open it as {n
 
 
 def _foreign(card, root, found, cards):
-    "Other datasets that use more files of the folder than this one uses of those found: a folder called images is no proof."
+    "Other datasets that use at least as many files of the folder as this one uses of those found: a folder called images is no proof."
     names = guess(root, others := [c for c in cards if c.name != card.name])
-    more = names and holds(next(c for c in others if c.name == names[0]), root) > max(holds(card, f) for f in found)
+    more = names and holds(next(c for c in others if c.name == names[0]), root) >= max(holds(card, f) for f in found)
     return names if more else []

@@ -243,7 +243,7 @@ def _unchanged(old, root, main, names):
 def _refuse_broken(known, paths, card):
     "If no image can be read, say why the first cannot."
     broken = [known[p]["error"] for p in paths if "error" in known[p]]
-    if len(broken) == len(paths): raise DataError(f"no image of {card.name} can be read", why=broken[0].rstrip("."), fix="check that these are the right files")
+    if len(broken) == len(paths): raise BadFile(f"no image of {card.name} can be read", why=broken[0].rstrip("."), fix="check that these are the right files")
 
 # %% ../../nbs/data/40_index.ipynb #b0846250
 def _has_place(transform): return bool(transform) and list(transform) != [1., 0., 0., 0., 1., 0.]

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+import geovision.data.below
 import geovision.data.combine
 import geovision.data.labels
 import geovision.data.leaks
@@ -84,7 +85,7 @@ def open(
     root = data_root(name) if root is None else Path(root)
     task_of(known, task)
     try: ds = _open_at(known, root, task, variant, workers, scheduler)
-    except (NotFound, BadFile, DataError) as error:
+    except (NotFound, BadFile) as error:
         if isinstance(error, UnknownName): raise
         root = elsewhere(known, root, error, [lookup("card", n) for n in names("card")])
         ds = _open_at(known, root, task, variant, workers, scheduler)

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'HEADS', 'NORMS', 'MAPS', 'pad_to', 'Model', 'decoder', 'check_encoder', 'option_names', 'check_options',
-           'pooled', 'Bottleneck', 'bottleneck', 'Repaint', 'with_pretrained', 'hub_in_reach', 'cache_only',
-           'load_weights', 'in_place', 'build', 'check_words', 'check_head']
+           'pooled', 'Bottleneck', 'bottleneck', 'Repaint', 'Rescale', 'shared', 'Heads', 'with_pretrained',
+           'hub_in_reach', 'cache_only', 'load_weights', 'in_place', 'build', 'check_words', 'check_head']
 
 # %% ../../nbs/models/10_build.ipynb #951571f0
 import inspect
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import getproxies
 
 import torch
@@ -69,7 +70,8 @@ class Model(nn.Module):
     def forward(self, x:Tensor)->Tensor:
         y = self._over_time(x) if x.ndim == 5 else self.net(pad_to(self.normalise(x), self.stride))
         h, w = (n*self.scale for n in x.shape[-2:])
-        return y[..., :h, :w] if y.ndim == 4 else y
+        def cut(v:Tensor)->Tensor: return v[..., :h, :w] if v.ndim == 4 else v
+        return {name: cut(v) for name, v in y.items()} if isinstance(y, dict) else cut(y)
 
     def _over_time(self, x:Tensor)->Tensor:
         "Networks for series are told the days, and which dates are there."
@@ -233,6 +235,57 @@ class Repaint(nn.Module):
         if self.add: y = y + F.interpolate(x.float(), scale_factor=self.scale, mode="bilinear", align_corners=False)
         return y*self.std + self.mean
 
+# %% ../../nbs/models/10_build.ipynb #c917c74f
+class Rescale(nn.Module):
+    """From numbers around zero to numbers in the units of the target.
+
+    Shapes
+    ------
+    forward : whatever `net` takes, to (B, K) or (B, K, H, W), K = len(mean)
+    """
+    def __init__(self, net:nn.Module, mean:Sequence[float], std:Sequence[float]):
+        super().__init__()
+        self.net, self.stride = net, getattr(net, "stride", 1)
+        for name, values in (("mean", mean), ("std", std)): self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
+
+    def forward(self, *seen:Tensor|None)->Tensor:
+        y = self.net(*seen).float()
+        mean, std = (v.reshape(-1, *[1]*(y.ndim - 2)) for v in (self.mean, self.std))
+        return y*std + mean
+
+# %% ../../nbs/models/10_build.ipynb #32d9479d
+def shared(
+    tasks:Mapping[str, Mapping[str, Any]],   # Task -> head, classes, and perhaps out_mean and out_std
+)->tuple[str, int, dict[str, Any]]:          # Head, classes and options of the network below
+    "One network wide enough for all tasks."
+    if not tasks: raise BadValue("a network for several tasks needs at least one")
+    wrong = [t for t, words in tasks.items() if words["head"] not in ("segmentation", "classification", "regression")]
+    if wrong: raise BadValue(f"{wrong[0]} cannot share a network", why=f"its head is {tasks[wrong[0]]['head']}", fix="train it on its own")
+    maps, flat = (sum(words["classes"] for words in tasks.values() if (words["head"] == "segmentation") is m) for m in (True, False))
+    if not maps: return "classification", flat, {}
+    return "segmentation", maps, {"aux_params": {"classes": flat, "pooling": "avg"}} if flat else {}
+
+
+class Heads(nn.Module):
+    """One network, an answer a task.
+
+    Shapes
+    ------
+    forward : (B, C, H, W) to a dict of (B, K, H, W) for maps, (B, K) for the rest
+    """
+    def __init__(self, net:nn.Module, tasks:Mapping[str, Mapping[str, Any]]):
+        super().__init__()
+        self.net, self.tasks, self.stride = net, {t: (w["head"] == "segmentation", w["classes"]) for t, w in tasks.items()}, getattr(net, "stride", 1)
+        self.units = nn.ModuleDict({f"of_{t}": Rescale(nn.Identity(), w["out_mean"], w["out_std"]) for t, w in tasks.items() if w.get("out_mean")})
+
+    def forward(self, x:Tensor)->dict[str, Tensor]:
+        said = self.net(x)
+        left, answers = dict(zip((True, False), said if isinstance(said, tuple) else (said, said), strict=True)), {}
+        for task, (is_map, k) in self.tasks.items():
+            answers[task], left[is_map] = left[is_map][:, :k], left[is_map][:, k:]
+            if f"of_{task}" in self.units: answers[task] = self.units[f"of_{task}"](answers[task])
+        return answers
+
 # %% ../../nbs/models/10_build.ipynb #04589e9d
 def with_pretrained(
     make:Callable[[], nn.Module],   # Builds the network and downloads on the way
@@ -328,8 +381,9 @@ def build(
     norm:str="batch",              # Which normalisation layers
     fuse:str|None=None,            # For series: how dates are joined, one of `models.dates.FUSIONS`
     scale:int=1,                   # For images: how many times larger they come out
-    out_mean:Sequence[float]|None=None,   # For images: of the target's pixels, one a band
+    out_mean:Sequence[float]|None=None,   # For images and numbers: of the target, one a band
     out_std:Sequence[float]|None=None,    # As `out_mean`
+    tasks:Mapping[str, Mapping[str, Any]]|None=None,   # Several answers, instead of head and classes; see `shared`
     **options,                     # What the named builder takes besides
 )->Model:
     """Build a model that takes raw pixels.
@@ -337,7 +391,7 @@ def build(
     Shapes
     ------
     the model : (B, bands, H, W) to (B, classes, H, W), or (B, classes) for classification and regression;
-    with `fuse` it takes (B, T, bands, H, W); with head image it gives (B, classes, scale*H, scale*W)
+    with `fuse` it takes (B, T, bands, H, W); with head image it gives (B, classes, scale*H, scale*W); with `tasks` a dict of answers
 
     Errors
     ------
@@ -345,6 +399,10 @@ def build(
     BadValue : a count below one, statistics of another length, a head or norm we do not have
     GeoVisionError : pretrained weights cannot be had
     """
+    if tasks is not None:
+        if fuse is not None: raise BadValue("several tasks at once take single images", why="dates are joined for one answer", fix="leave model.fuse out")
+        head, classes, more = shared(tasks)
+        options = {**more, **options}
     check_words(bands, classes, head, norm)
     name = name or ("unet" if head in MAPS else "pooled")
     maker = lookup("model", name)
@@ -361,6 +419,8 @@ def build(
     if fuse is not None: net = OverTime(net, fuse)
     if head == "image": net = Repaint(net, [0.]*classes if out_mean is None else out_mean, [1.]*classes if out_std is None else out_std,
                                       scale, scale > 1 and bands == classes)
+    elif tasks is not None: net = Heads(net, tasks)
+    elif out_mean is not None: net = Rescale(net, out_mean, out_std)
     model = Model(net, normalise, bands, classes, stride if isinstance(stride, int) else 1, head, scale)
     if weights and not download: _start_from(model, weights)
     return model

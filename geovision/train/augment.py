@@ -36,7 +36,7 @@ def wrap(
     made = {}
     for key, value in sample.items():
         if key in ("polygons", "lines", "boxes"): continue
-        if key == "target" and isinstance(value, Tensor) and value.ndim >= 2: made[key] = Numbers(value)      # of any size
+        if key.rpartition(".")[2] == "target" and isinstance(value, Tensor) and value.ndim >= 2: made[key] = Numbers(value)      # of any size
         elif not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-2:] != size: made[key] = value
         elif value.is_floating_point(): made[key] = tv_tensors.Image(value)
         else: made[key] = tv_tensors.Mask(value)

@@ -11,7 +11,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.errors import BadFile
+from ..core.errors import BadFile, GeoVisionError
 from ..core.files import whole
 
 # %% ../../nbs/train/28_checkpoints.ipynb #5783ccb7
@@ -29,8 +30,19 @@ def save_weights(
 )->Path:                # The path
     "Weights as safetensors, whole or not at all."
     from safetensors.torch import save_model
-    with whole(path) as aside: save_model(model, str(aside))
+    with whole(path) as aside, _as_system_error(): save_model(model, str(aside))
     return path
+
+
+@contextmanager
+def _as_system_error()->Iterator[None]:
+    "A full disk is a full disk, whichever library tells of it."
+    try: yield
+    except (OSError, GeoVisionError): raise
+    except Exception as e:
+        number = re.search(r"os error (\d+)", str(e))
+        if number is None: raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def load_into(
@@ -72,7 +84,7 @@ def save_checkpoint(
     save_weights(folder/name, model)
     if last.exists():
         with whole(folder/"previous.pt") as aside: _link(last, aside)
-    with whole(last) as aside: torch.save({**state, "epoch": epoch, "done": done, "weights": name}, aside)
+    with whole(last) as aside, open(aside, "wb") as file: torch.save({**state, "epoch": epoch, "done": done, "weights": name}, file)
     for old in _by_age(folder)[:-2]: old.unlink(missing_ok=True)
     return last
 

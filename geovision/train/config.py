@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Number', 'Positive', 'NotNegative', 'Share', 'Count', 'Strict', 'Named', 'as_number', 'as_named', 'Files', 'Tiles',
-           'Select', 'Splits', 'Transform', 'Data', 'ModelWords', 'LossWords', 'Average', 'Optimise', 'LogWords',
-           'Config', 'all_keys', 'nearest_keys', 'sentence', 'override', 'load_config', 'read_yaml', 'to_dict',
-           'to_yaml']
+           'Select', 'Splits', 'Transform', 'Data', 'ModelWords', 'LossWords', 'TaskWords', 'Average', 'Optimise',
+           'LogWords', 'Config', 'all_keys', 'nearest_keys', 'sentence', 'override', 'load_config', 'read_yaml',
+           'to_dict', 'to_yaml']
 
 # %% ../../nbs/train/10_config.ipynb #431974ed
 import difflib
@@ -134,6 +134,13 @@ class LossWords(Named):
     ignore:int|None = None
 
 
+class TaskWords(Strict):
+    "One of several tasks that share a network."
+    loss:Annotated[LossWords, BeforeValidator(as_named)] = LossWords()
+    weight:Positive = 1.
+    metrics:list[str]|None = None
+
+
 class Average(Strict):
     "Averaged weights: `swa` over epochs from `start` on, or `ema` over steps."
     kind:Literal["swa", "ema"]
@@ -178,9 +185,17 @@ class Config(Strict):
     model:Annotated[ModelWords, BeforeValidator(as_named)] = ModelWords()
     loss:Annotated[LossWords, BeforeValidator(as_named)] = LossWords()
     metrics:list[str]|None = None
+    tasks:dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,60}$")], TaskWords]|None = None
     optimise:Optimise = Optimise()
     log:LogWords = LogWords()
     made:dict[str, Any]|None = None
+
+    @model_validator(mode="after")
+    def each_its_own(self)->"Config":
+        if self.tasks is None: return self
+        if not self.tasks: raise ValueError("tasks names no task; leave it out, or name one or more")
+        if self.loss != LossWords() or self.metrics is not None: raise ValueError("with tasks, each task has a loss and metrics of its own: tasks.<name>.loss")
+        return self
 
 # %% ../../nbs/train/10_config.ipynb #971b1ba2
 def all_keys(
@@ -191,8 +206,10 @@ def all_keys(
     found = []
     for key, field in section.model_fields.items():
         types = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        inner = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
-        found += [prefix + key] + [k for t in inner for k in all_keys(t, f"{prefix}{key}.")]
+        tables = [t.__args__[1] for t in types if getattr(t, "__origin__", None) is dict]
+        def sections(kinds): return [t for t in kinds if isinstance(t, type) and not hasattr(t, "__origin__") and issubclass(t, BaseModel)]
+        found += [prefix + key] + [k for t in sections(types) for k in all_keys(t, f"{prefix}{key}.")]
+        found += [k for t in sections(tables) for k in all_keys(t, f"{prefix}{key}.<name>.")]
     return found
 
 

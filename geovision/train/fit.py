@@ -35,7 +35,7 @@ from .checkpoints import load_into, load_state, random_state, restore_random, sa
 from .config import Config, load_config
 from .feed import Visits, batches, epoch_order, feed, plan
 from .folder import locked, open_folder, same_samples, write_folder
-from .job import Job, choose, divide, find_dataset, paired, prepare
+from .job import Job, metric_names, prepare, run_step, samples_of
 from .log import Log, reopen
 from .loop import best_device, claims, evaluate as judge, scaler_of, train_epoch
 from .optimise import make_optimiser, make_schedule
@@ -324,7 +324,7 @@ def keep_best(
     "Save the judged weights when they are the best so far; without validation the last ones are."
     name = run.job.metrics[0]
     value = next((row[k] for k in (f"val/{name}/mean", f"val/{name}/all") if k in row), None)
-    better = getattr(lookup("metric", name), "better", "high")
+    better = getattr(lookup("metric", name.rpartition(".")[2]), "better", "high")       # of several tasks <task>.<metric>
     run.stale += 1
     if value is not None:
         score = {"high": value, "low": -value, "zero": -abs(value)}[better]
@@ -414,7 +414,7 @@ def evaluate(
     NotFound : the run has no such split or no weights yet
     """
     wanted = set(run.ids(split))
-    ds = paired(divide(choose(find_dataset(run.config.data, dataset), run.config.data), run.config.data, run.config.seed))
+    ds = samples_of(run.config, dataset)
     at = np.flatnonzero(ds.index["id"].isin(wanted) & (ds.index["split"] == split))
     if len(at) < len(wanted): raise DataError(f"{len(wanted) - len(at)} of {len(wanted)} samples of {split} are gone",
                             fix="bring the data back")
@@ -432,9 +432,6 @@ def _judging(
     device:str|None=None,                # The best there is when None
 )->Job:                                  # Enough of one to judge with
     "Step, tally and device of a run that is only looked at."
-    from geovision.train.job import DEFAULTS, make_loss, step_of
     config, info = run.config, run.info
-    fn, options = make_loss(config, info.kind)
-    names = tuple(metrics or config.metrics or DEFAULTS[info.kind][1])
-    step = step_of(fn, options, info)
-    return Job(config, None, None, None, step, info, run.splits, names, None, device or best_device())
+    names = tuple(metrics or metric_names(config, info))
+    return Job(config, None, None, None, run_step(config, info), info, run.splits, names, None, device or best_device())

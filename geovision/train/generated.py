@@ -78,6 +78,11 @@ class Generated:
         "Some of the samples."
         return Generated(self.n, self.size, self.seed, self.kind, self.positions[np.asarray(positions, int)], self.dates)
 
+    tasks = property(lambda self: {k: Generated(kind=k).task for k in ANSWERS if k not in EXTRA})
+    def as_task(self, name:str)->"Generated":
+        "The same pictures with another question, one of `tasks`."
+        return Generated(self.n, self.size, self.seed, name, self.positions)
+
     def split(self, name:str)->"Generated":
         "One split."
         return self.take(np.flatnonzero(self.index["split"] == name))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'row_metres', 'round_length', 'length_text', 'scale_bar', 'borders', 'overlay', 'paths', 'outline', 'Look',
-           'Panel', 'panels', 'paint_instances', 'caption', 'draw', 'plot']
+           'Panel', 'panels', 'paint_instances', 'caption', 'shortened', 'draw', 'plot']
 
 # %% ../../nbs/viz/20_panels.ipynb #e844cb3d
 import math
@@ -222,6 +222,16 @@ def caption(
     if "target" in sample and as_array(sample["target"]).size == 1: words.append(f"target {float(as_array(sample['target'])):.4g}")
     return "  ·  ".join(words)
 
+# %% ../../nbs/viz/20_panels.ipynb #9c219f7e
+def shortened(
+    text:str,       # A title
+    letters:int,    # That fit
+)->str:
+    "Leave out the middle of what is too long."
+    if len(text) <= letters: return text
+    ahead = (letters - 1)//2
+    return f"{text[:ahead]}…{text[len(text) - (letters - 1 - ahead):]}"
+
 # %% ../../nbs/viz/20_panels.ipynb #b8e8602c
 def draw(
     ax,                # Axes
@@ -261,7 +271,7 @@ def _arrange(cells, columns, look, title):
     tall = max(c[0].image.shape[0]/c[0].image.shape[1] for c in cells)
     fig, axes = figure(rows, columns, size=(side*columns, rows*(side*min(tall, 3) + 0.25) + 0.4))
     for ax in axes.flat[len(cells):]: ax.set_axis_off()
-    for ax, (panel, sample, words) in zip(axes.flat, cells): draw(ax, panel, sample, words)
+    for ax, (panel, sample, words) in zip(axes.flat, cells): draw(ax, panel, sample, shortened(words, int(13*side)))
     masks = [as_array(s["mask"]) for _, s, _ in cells if "mask" in s]
     if masks: _legend(fig, masks, look)
     if title: fig.suptitle(title, x=0.01, ha="left", fontsize=9)

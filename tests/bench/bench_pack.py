@@ -2,7 +2,9 @@
 
 One training epoch (shuffled, batches of 16, images and masks as tensors) over 400 chips of 256 pixels, from small compressed GeoTIFFs and from a pack of them, with 0 and 2
 workers. Chips are generated, with noise as imagery has it: three bands of uint8 and ten of uint16, deflate with predictor 2 as most datasets are published. All files are in
-the page cache, and one epoch is run before the one that is measured, so that workers and indexes are warm. The sums of all pixels must agree. Besides: how large the files are,
+the page cache. What is timed is the second epoch of one loader with persistent workers, as in training, so that starting workers and opening files, which both sides do
+once, is left out; tensors travel from workers to the trainer on both sides. The folder is the ordinary dataset with the same settings. The sums of all pixels must
+agree. Besides: how large the files are,
 what packing takes, and the same epoch from packs of every codec.
 """
 import argparse
