@@ -38,7 +38,7 @@ def holds(
 
 def _rows(card, root):
     "The rows of a scan, without its warnings; none where the layout finds nothing."
-    if "scan" not in card.hooks["scan"] and not card.layout.exists(root, main_asset(card)): return []
+    if "scan" not in card.hooks["scan"] and (card.layout is None or not card.layout.exists(root, main_asset(card))): return []
     if "scan" in card.hooks["scan"] and large(root): return []
     with warnings.catch_warnings(action="ignore"): return scan(card, root)
 
