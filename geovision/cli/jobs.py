@@ -168,7 +168,7 @@ def scenes_of(
     UnknownName : the data has no such split; BadValue : its images are entries of another file
     """
     from geovision.core.files import inside
-    from geovision.train.job import choose, divide, find_dataset
+    from geovision.train.samples import choose, divide, find_dataset
     config = run.config
     data = config.data.model_copy(update={"select": config.data.select.model_copy(update={"tiles": None})})
     ds = divide(choose(find_dataset(data), data), data, config.seed).split(split)
