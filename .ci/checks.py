@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 EARLY = ["tests/test_project.py", "tests/test_floors.py", "tests/test_examples.py"]  # they read files and import nothing heavy
 
+MINIATURES = [f"tests/test_{name}.py" for name in ("catalogue", "pack", "stats", "bad_input")]  # they share the miniatures of all datasets
+
 
 def say(ok, text):
     "One line for one check; returns what it adds to the count."
@@ -60,10 +62,10 @@ def step_ruff(options):
     return say(not done.returncode, done.stdout)
 
 
-def pytest(*args):
+def pytest(*args, threads=2):
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp) / "report.xml"
-        done = command(sys.executable, "-m", "pytest", "-q", "--junitxml", str(report), *args, OMP_NUM_THREADS="2")
+        done = command(sys.executable, "-m", "pytest", "-q", "--junitxml", str(report), *args, OMP_NUM_THREADS=str(threads))
         lines = done.stdout.splitlines()
         if done.returncode or any(" skipped" in line for line in lines[-1:]): print("\n".join(lines[-400:]), flush=True)
         if not report.exists(): return say(False, f"pytest did not finish (exit code {done.returncode})")
@@ -79,7 +81,10 @@ def step_project(options):
 
 
 def step_pytest(options):
-    return pytest("tests", *[f"--ignore={f}" for f in EARLY])
+    "Two processes where there are two cores: the tests that share the miniatures of all datasets, and the others."
+    rest = ["tests", *[f"--ignore={f}" for f in [*EARLY, *MINIATURES]]]
+    if options.workers < 2: return pytest("tests", *[f"--ignore={f}" for f in EARLY])
+    with cf.ThreadPoolExecutor(2) as pool: return total(list(pool.map(lambda files: pytest(*files, threads=1), [MINIATURES, rest])))
 
 
 def notebooks(names):
