@@ -113,7 +113,7 @@ for _kind in TARGETS: register(partial(make_step, _kind), kind="step", name=_kin
 # %% ../../nbs/train/46_steps.ipynb #5ee05a0c
 def pick(
     sample:dict[str, Any],   # As a dataset gives it
-    step:"Step|Steps|Callable|str",   # The step, or the name of its answer: mask, label, target ...
+    step:Callable|str,   # The step, or the name of its answer: mask, label, target ...
 )->dict[str, Any]:           # image, the answer, valid, id; of series also seen, day and time; of objects also parts
     "What a step needs of a sample."
     if hasattr(step, "pick"): return step.pick(sample)
