@@ -257,7 +257,7 @@ def test_watch_in_a_terminal_shows_new_steps_until_q(tmp_path, running):
 
 
 def test_watch_ends_when_the_run_is_finished_and_says_so(tmp_path, running):
-    running("town", 60, "finish")
+    running("town", 400, "finish")
     seen = terminal("watch", tmp_path/"town")
     seen.expect("is going on")
     seen.expect("town .*is finished")
