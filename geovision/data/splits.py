@@ -100,7 +100,7 @@ def by_block(
     out = deal(np.bincount(codes), shares, rng)[codes]
     return _clear(ground, out, buffer)
 
-
+# %% ../../nbs/data/62_splits.ipynb #f13c7ea4
 def _blocks(centre, size_m):
     "The block of every centre, and the blocks there are."
     cells = np.floor((centre - centre.min(0))/size_m + 1e-9).astype(int)

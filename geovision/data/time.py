@@ -213,7 +213,7 @@ class Series(Dataset):
         plain = Dataset(**{k: getattr(self, k) for k in Dataset.__dataclass_fields__}).take(self.heads())
         return self.pick(getattr(plain.with_rows(plain.rows.assign(_series=range(len(self)))), what)(*args, **options).rows["_series"])
 
-
+# %% ../../nbs/data/66_time.ipynb #5b2b0039
 def _asks_folds(args, options): return (args[3] if len(args) > 3 else options.get("how")) == "kfold"
 
 

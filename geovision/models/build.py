@@ -425,7 +425,7 @@ def build(
     if weights and not download: _start_from(model, weights)
     return model
 
-
+# %% ../../nbs/models/10_build.ipynb #c9a63154
 NORMS = ("batch", "inplace_abn")
 MAPS = ("segmentation", "image")
 

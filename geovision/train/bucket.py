@@ -42,7 +42,7 @@ def _in_words(place)->Iterator[None]:
 # %% ../../nbs/train/81_bucket.ipynb #7361a61b
 PART = 16 << 20
 
-
+# %% ../../nbs/train/81_bucket.ipynb #3ea6c3ae
 class Bucket:
     "A prefix in a bucket."
     def __init__(self, where:Address, part:int=PART):

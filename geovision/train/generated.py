@@ -28,7 +28,7 @@ def _second(mask:np.ndarray)->np.ndarray:
     both[-k-1:-1, -k-1:-1] = np.where(both[-k-1:-1, -k-1:-1] > 0, both[-k-1:-1, -k-1:-1], 2)
     return both
 
-
+# %% ../../nbs/train/58_generated.ipynb #400e06c5
 class Generated:
     "Bright squares on noise, labelled: a dataset for tests and first steps, made from a seed."
     def __init__(

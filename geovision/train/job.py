@@ -208,7 +208,7 @@ def learn_all(
         found[task] = {"kind": own, "classes": list(view.classes), "ignore": ignored(one, view), "step": learn_all(one, view, own)}
     return {"tasks": found}
 
-
+# %% ../../nbs/train/60_job.ipynb #056df4c8
 def info_of(
     info:Info,   # Of a run with several tasks
     task:str,    # One of them

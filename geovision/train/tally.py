@@ -115,7 +115,7 @@ class Tally:
             for label, v in zip(self.classes, value, strict=True): table[name, label] = float(v)
         return table
 
-
+# %% ../../nbs/train/05_tally.ipynb #af594f2a
 def _count_objects(state:Objects, logits:Tensor, target:Tensor, valid:Tensor|None)->None:
     "Picture by picture: maps to objects, objects to counts."
     maps = logits.float().cpu()
